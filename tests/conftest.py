@@ -1,0 +1,103 @@
+"""What tests share: small inputs, waiting for processes to end, and the environment of a run."""
+
+from __future__ import annotations
+
+import os
+
+# Before Ray is imported anywhere: no telemetry, loopback only, no token files, engines at normal priority.
+os.environ.update(
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_AUTH_MODE="disabled",
+    RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
+    RAY_worker_niceness="0",
+)
+for name in [name for name in os.environ if name.startswith("INFINITETALK_")]:
+    del os.environ[name]
+
+import select
+import wave
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def portrait() -> Path:
+    """The bundled portrait."""
+    return ROOT / "examples" / "portrait.png"
+
+
+@pytest.fixture(scope="session")
+def speech_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """Makes a WAV of exactly so many frames: syllables at 3 Hz and a pause in every other second."""
+    folder = tmp_path_factory.mktemp("speech")
+
+    def make(frames: int) -> Path:
+        path = folder / f"{frames}.wav"
+        if not path.exists():
+            times = np.arange(frames * 640) / 16_000
+            syllables = np.maximum(0, np.sin(2 * np.pi * 3 * times)) * (times % 2 < 1.4)
+            samples = (syllables * np.sin(2 * np.pi * 180 * times) * 12_000).astype(np.int16)
+            with wave.open(str(path), "wb") as file:
+                file.setnchannels(1)
+                file.setsampwidth(2)
+                file.setframerate(16_000)
+                file.writeframes(samples.tobytes())
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def wait_gone() -> Callable[[Iterable[int], float], list[int]]:
+    """Waits until processes have ended; returns those that have not within the seconds given."""
+
+    def wait(pids: Iterable[int], seconds: float) -> list[int]:
+        poller = select.poll()
+        watched: dict[int, int] = {}
+        for pid in pids:
+            try:
+                watched[os.pidfd_open(pid)] = pid
+            except ProcessLookupError:
+                continue
+        for descriptor in watched:
+            poller.register(descriptor, select.POLLIN)
+        left = dict(watched)
+        while left:
+            ready = poller.poll(seconds * 1000)
+            if not ready:
+                break
+            for descriptor, _ in ready:
+                poller.unregister(descriptor)
+                del left[descriptor]
+        for descriptor in watched:
+            os.close(descriptor)
+        return list(left.values())
+
+    return wait
+
+
+@pytest.fixture(scope="session")
+def processes_with() -> Callable[[str], list[int]]:
+    """Pids of the processes that have a word in their command line or environment."""
+
+    def find(word: str) -> list[int]:
+        found = []
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdecimal() or int(entry.name) == os.getpid():
+                continue
+            try:
+                said = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
+                dead = (entry / "stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+            except OSError:
+                continue
+            if word.encode() in said and not dead:
+                found.append(int(entry.name))
+        return found
+
+    return find
