@@ -1,0 +1,292 @@
+"""The only caller of the ffmpeg binary, and the only place that knows encoder arguments.
+
+Commands are built with ffmpeg-python, run here (stderr is always drained) and their failures become
+``MediaError`` or ``StorageError``.  Decoding is PyAV's (``frames``, ``speech``); no job's layout here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+import signal
+import subprocess
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import ffmpeg
+import imageio_ffmpeg
+import numpy as np
+
+from pipeline.errors import ConfigurationError, MediaError, StorageError
+from pipeline.frames import Frame
+from pipeline.timeline import FPS
+
+TIMESCALE = 12_800
+"""Ticks per second of every mp4 video track: 512 to a frame.  One timescale lets files join by copy."""
+
+THREADS = 2
+"""Encoder threads: x264's output depends on their number, and a node has an engine to feed."""
+
+INPUT_FORMATS = "aac,aiff,amr,asf,avi,caf,flac,flv,matroska,mov,mp3,mpeg,mpegts,ogg,w64,wav,webm"
+"""Demuxers that a user's file may reach: media only, no playlists that name further files or hosts."""
+
+LOUDNESS_GATE = -70.0
+"""LUFS: EBU R128's absolute gate, which is what a track of nothing measures as."""
+
+_STORAGE = {
+    "No space left on device": "no space left on the device",
+    "Disk quota exceeded": "the disk quota is exceeded",
+    "File too large": "the file is larger than this system allows",
+    "Read-only file system": "the file system is read-only",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """How frames become a file: suffix, container and ffmpeg's output options."""
+
+    suffix: str
+    container: str
+    options: dict[str, Any]
+
+
+FINAL = Encoding(
+    ".mp4",
+    "mp4",
+    {
+        # RGB to BT.709 limited range; without the tags players guess BT.601 for small pictures.
+        "vf": "scale=out_range=limited:out_color_matrix=bt709"
+        ":flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp,format=yuv420p"
+        ",setparams=range=tv:color_primaries=bt709:color_trc=bt709:colorspace=bt709",
+        "c:v": "libx264",
+        "preset": "veryfast",
+        "crf": 16,
+        # No B-frames: decode order is display order, so no edit list and no delay to go wrong at a join.
+        "bf": 0,
+        "g": 5 * FPS,
+        "x264-params": "open-gop=0",
+        "threads": THREADS,
+        "fps_mode": "passthrough",
+        "video_track_timescale": TIMESCALE,
+    },
+)
+"""What viewers get: near-lossless H.264; files made with it by one binary join by copy."""
+
+LOSSLESS = Encoding(
+    ".mkv",
+    "matroska",
+    {
+        "c:v": "ffv1",
+        "level": 3,
+        "pix_fmt": "bgr0",
+        "g": 1,
+        "slices": 4,
+        "slicecrc": 1,
+        "threads": THREADS,
+        "fps_mode": "passthrough",
+    },
+)
+"""RGB exactly, about 200 KB a frame at 832x480; for overlaps, which are decoded once and blended."""
+
+
+@functools.cache
+def binary() -> str:
+    """The one ffmpeg binary of this machine.  Raises ``ConfigurationError`` where there is none."""
+    try:
+        return str(imageio_ffmpeg.get_ffmpeg_exe())
+    except RuntimeError as error:
+        reason = "no ffmpeg: install the imageio-ffmpeg wheel of this platform or set IMAGEIO_FFMPEG_EXE"
+        raise ConfigurationError(reason) from error
+
+
+def command(stream: Any, *, loglevel: str = "warning") -> list[str]:
+    """Arguments for an ffmpeg-python output stream."""
+    quiet = stream.global_args("-hide_banner", "-nostdin", "-nostats", "-loglevel", loglevel)
+    compiled: list[str] = quiet.compile(cmd=binary(), overwrite_output=True)
+    return compiled
+
+
+def run(stream: Any, what: str, target: Path | None = None, *, loglevel: str = "warning") -> str:
+    """Run an ffmpeg-python output stream to its end; what it said on stderr.
+
+    ``what`` names the work in errors, ``target`` the file written.  Raises ``MediaError``, ``StorageError``.
+    """
+    arguments = command(stream, loglevel=loglevel)
+    with _starting():
+        done = subprocess.run(arguments, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    said = done.stderr.decode(errors="replace")
+    if done.returncode:
+        raise failure(what, target, done.returncode, said)
+    return said
+
+
+def failure(what: str, target: Path | None, code: int, said: str) -> MediaError | StorageError:
+    """The error for an ffmpeg that ended with ``code``."""
+    reasons = [reason for words, reason in _STORAGE.items() if words in said]
+    if code == -signal.SIGXFSZ:
+        reasons.append(_STORAGE["File too large"])
+    if reasons and target is not None:
+        return StorageError(str(target), reasons[0])
+    tail = " | ".join(said.strip().splitlines()[-5:])
+    return MediaError(f"ffmpeg could not {what}", tail or f"it ended with code {code}")
+
+
+def join(parts: Sequence[tuple[Path, int]], sound: tuple[Path, int], target: Path, work: Path) -> None:
+    """Join silent videos ``(path, frames)`` by copy and add the stream ``(path, index)`` of a sound, by copy.
+
+    The parts must be ``FINAL`` with equal headers.  Raises ``MediaError``, ``StorageError``.
+    """
+    track, index = sound
+    picture, audio = _concat(parts, work)["v:0"], _user_input(track)[str(index)]
+    # No -shortest, no -avoid_negative_ts: both change the number or the times of frames.
+    stream = ffmpeg.output(
+        picture,
+        audio,
+        _path(target),
+        format="mp4",
+        c="copy",
+        movflags="+faststart",
+        video_track_timescale=TIMESCALE,
+    )
+    run(stream, "join the segments", target)
+
+
+def encode_again(parts: Sequence[tuple[Path, int]], target: Path, work: Path) -> None:
+    """Join silent videos ``(path, frames)`` by encoding; raises as ``join`` does."""
+    stream = _concat(parts, work)["v:0"].output(_path(target), format=FINAL.container, **FINAL.options)
+    run(stream, "encode the segments again", target)
+
+
+def encode_sound(
+    sound: tuple[Path, int], target: Path, rate: int, channels: int, samples: int | None = None
+) -> None:
+    """Encode the stream ``(path, index)`` of a user's file to AAC in mp4, its first sample at time 0.
+
+    ``samples``: cut after so many, counted at ``rate``.  Raises ``MediaError``, ``StorageError``.
+    """
+    path, index = sound
+    # Sample numbers become the clock: a stream that starts late or has gaps would slip otherwise.
+    audio = _user_input(path)[str(index)].filter("asetpts", "N/SR/TB").filter("aresample", rate)
+    if samples is not None:
+        audio = audio.filter("atrim", end_sample=samples)
+    options = {"c:a": "aac", "b:a": f"{max(192, 96 * channels)}k", "ac": channels, "threads": THREADS}
+    run(audio.output(_path(target), format="mp4", vn=None, **options), "encode the sound", target)
+
+
+def loudness(samples: Path, rate: int) -> float | None:
+    """Integrated loudness in LUFS (EBU R128) of raw mono float32 samples; None where nothing is loud enough.
+
+    Raises ``MediaError``.
+    """
+    stream = ffmpeg.input(_path(samples), format="f32le", ar=rate, ac=1).filter("ebur128", framelog="quiet")
+    said = run(stream.output("-", format="null"), "measure the loudness", loglevel="info")
+    found = re.findall(r"^\s*I:\s*(-?[\d.]+|-inf|nan) LUFS", said, re.MULTILINE)
+    if not found:
+        raise MediaError("ffmpeg gave no loudness", said[-500:])
+    measured = float(found[-1])
+    return measured if measured > LOUDNESS_GATE else None
+
+
+def _concat(parts: Sequence[tuple[Path, int]], work: Path) -> Any:
+    folder = Path(tempfile.mkdtemp(prefix="concat-", dir=work))
+    lines = ["ffconcat version 1.0"]
+    for number, (path, frames) in enumerate(parts):
+        link = folder / f"part-{number:05d}{FINAL.suffix}"
+        link.symlink_to(path.resolve())  # any character may be in a path; the list's syntax is poor
+        # Each file's length is given, so that no rounding of a container moves the next one.
+        lines += [f"file {link.name}", f"duration {frames // FPS}.{frames % FPS * (100 // FPS):02d}"]
+    playlist = folder / "parts.ffconcat"
+    playlist.write_text("\n".join(lines) + "\n")
+    return ffmpeg.input(_path(playlist), format="concat")
+
+
+def _user_input(path: Path) -> Any:
+    return ffmpeg.input(_path(path), protocol_whitelist="file", format_whitelist=INPUT_FORMATS)
+
+
+def _path(path: Path) -> str:
+    return str(path.resolve())  # absolute: a relative name could read as an option or a protocol
+
+
+class FrameWriter:
+    """Encodes RGB frames into one file, as a context manager.
+
+    Leaving it by an exception kills ffmpeg and removes the file.
+    """
+
+    def __init__(self, target: Path, width: int, height: int, encoding: Encoding) -> None:
+        self.frames = 0
+        self._target, self._shape = target, (height, width, 3)
+        stream = ffmpeg.input("pipe:", format="rawvideo", pix_fmt="rgb24", s=f"{width}x{height}", r=FPS)
+        stream = stream.output(_path(target), format=encoding.container, an=None, **encoding.options)
+        arguments = command(stream)
+        arguments.remove("-nostdin")  # the frames come that way
+        pipe, null = subprocess.PIPE, subprocess.DEVNULL
+        with _starting():
+            self._process = subprocess.Popen(arguments, stdin=pipe, stdout=null, stderr=pipe)
+        self._said: deque[str] = deque(maxlen=20)
+        # An undrained stderr fills its pipe and stops ffmpeg in the middle.
+        self._drain = threading.Thread(target=self._listen, name="ffmpeg-stderr", daemon=True)
+        self._drain.start()
+
+    def write(self, frame: Frame) -> None:
+        """Append one frame, uint8 [H, W, 3].  Raises ``MediaError``, ``StorageError``."""
+        if frame.shape != self._shape or frame.dtype != np.uint8:
+            raise ValueError(f"frame is {frame.dtype} {frame.shape}, file takes uint8 {self._shape}")
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(np.ascontiguousarray(frame).data)
+        except BrokenPipeError:
+            self.close()
+            raise MediaError(f"ffmpeg ended before {self._target.name} was complete") from None
+        self.frames += 1
+
+    def close(self) -> None:
+        """Finish the file.  Raises ``MediaError``, ``StorageError``; the file is then removed."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        code = self._process.wait()
+        self._drain.join()
+        if code:
+            self._target.unlink(missing_ok=True)
+            raise failure(f"encode {self._target.name}", self._target, code, "\n".join(self._said))
+
+    def abort(self) -> None:
+        """Kill ffmpeg and remove the file."""
+        self._process.kill()
+        with contextlib.suppress(MediaError, StorageError):
+            self.close()
+        self._target.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+    def _listen(self) -> None:
+        assert self._process.stderr is not None
+        with self._process.stderr as stderr:
+            for line in stderr:
+                self._said.append(line.decode(errors="replace").rstrip())
+
+
+@contextlib.contextmanager
+def _starting() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigurationError(f"ffmpeg can't be started: {error}") from error

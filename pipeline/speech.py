@@ -1,0 +1,158 @@
+"""What the model hears: one mono track at 16 kHz, made once from the whole sound and cut by the sample.
+
+All channels are averaged, so a voice on one side is kept (the wrapper's nodes take the left channel only);
+one gain brings the whole track to -23 LUFS, so that segments agree.  What viewers hear is ``sound``'s.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import tempfile
+import wave
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import av
+import numpy as np
+import numpy.typing as npt
+
+from pipeline import ffmpeg
+from pipeline.errors import InvalidRequest, StorageError
+from pipeline.sound import SoundReader
+from pipeline.timeline import SAMPLES_PER_FRAME, SPEECH_RATE, frames_of
+
+TARGET_LUFS = -23.0
+"""EBU R128's programme loudness, what InfiniteTalk's own loader normalises to."""
+
+MOST_GAIN_DB = 30.0
+"""A quieter track is noise rather than speech; it is not blown up further."""
+
+SILENCE_DBFS = -60.0
+"""A track whose loudest sample is below this is silent."""
+
+TAIL_SAMPLES = 80
+"""A window of N frames needs 640 N + 80 samples: wav2vec2's receptive field costs a frame otherwise."""
+
+_FORMAT = (1, 2, SPEECH_RATE, 0, "NONE", "not compressed")
+_CHUNK = 65_536
+
+Samples = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Speech:
+    """The prepared track: a WAV file, 16 kHz, mono, 16 bit."""
+
+    path: Path
+    samples: int
+    frames: int
+    """Frames of a video as long as the source: ``round(source_seconds * 25)``."""
+    gain_db: float
+    """What the loudness normalisation applied."""
+    source_seconds: float
+    """Length of the source, from its decoded samples."""
+
+
+def prepare_speech(source: Path, target: Path) -> Speech:
+    """Decode ``source`` (any sound file, or a video's sound) into the WAV ``target``; memory stays constant.
+
+    Raises ``InvalidRequest("audio", ...)`` where there is nothing to hear, ``StorageError``, ``MediaError``.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        with tempfile.NamedTemporaryFile(prefix=".speech-", dir=target.parent) as raw:
+            with SoundReader(source) as reader:
+                samples, peak = _write_mono(reader, raw)
+            raw.flush()
+            frames = frames_of(reader.samples, reader.rate)
+            if not frames:
+                raise InvalidRequest("audio", f"{source} is shorter than one frame of video (0.04 s)")
+            if peak < 10 ** (SILENCE_DBFS / 20):
+                raise InvalidRequest(
+                    "audio", f"the speech is silent: {source} stays below {SILENCE_DBFS:.0f} dBFS"
+                )
+            gain_db = _gain(Path(raw.name), samples, peak)
+            _write_wav(Path(raw.name), 10 ** (gain_db / 20), partial)
+        partial.replace(target)
+    except OSError as error:
+        raise StorageError(str(target), error.strerror or str(error)) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return Speech(target, samples, frames, round(gain_db, 2), reader.samples / reader.rate)
+
+
+def cut_speech(speech: Path, first_frame: int, frames: int, extra: int) -> bytes:
+    """The speech of ``frames`` frames from ``first_frame`` on, as WAV; sample 0 is that frame's first.
+
+    It goes on for up to ``extra`` frames past the end where there is speech, and is filled with zeros up to
+    ``640 * frames + 80`` samples where there is none.
+    """
+    with wave.open(str(speech), "rb") as source:
+        start = min(first_frame * SAMPLES_PER_FRAME, source.getnframes())
+        source.setpos(start)
+        content = source.readframes((frames + extra) * SAMPLES_PER_FRAME)
+    least = 2 * (frames * SAMPLES_PER_FRAME + TAIL_SAMPLES)
+    target = io.BytesIO()
+    with wave.open(target, "wb") as wav:
+        wav.setparams(_FORMAT)
+        wav.writeframes(content.ljust(least, b"\0"))
+    return target.getvalue()
+
+
+def _write_mono(reader: SoundReader, raw: IO[bytes]) -> tuple[int, float]:
+    """Write 16 kHz mono float32; the number of samples, and the largest."""
+    written, peak = 0, 0.0
+    for chunk in _mono(reader):
+        raw.write(chunk.tobytes())
+        written += len(chunk)
+        peak = max(peak, float(np.abs(chunk).max(initial=0.0)))
+    # The resampler rounds its last sample either way; the length is the source's own.
+    wanted = math.ceil(reader.samples * SPEECH_RATE / reader.rate)
+    raw.truncate(4 * wanted)
+    return wanted, peak
+
+
+def _mono(reader: SoundReader) -> Iterator[Samples]:
+    resampler: av.AudioResampler | None = None
+    layout = ""
+    for frame in reader:
+        if resampler is None or frame.layout.name != layout:
+            if resampler is not None:
+                yield from map(_average, resampler.resample(None))
+            layout = frame.layout.name
+            resampler = av.AudioResampler(format="fltp", layout=frame.layout, rate=SPEECH_RATE)
+        frame.pts = None  # samples are the clock, not what the container says
+        yield from map(_average, resampler.resample(frame))
+    if resampler is not None:
+        yield from map(_average, resampler.resample(None))
+
+
+def _average(frame: av.AudioFrame) -> Samples:
+    mono: Samples = frame.to_ndarray().mean(axis=0, dtype=np.float32)
+    return np.nan_to_num(mono, posinf=0.0, neginf=0.0)
+
+
+def _gain(raw: Path, samples: int, peak: float) -> float:
+    """Decibels to -23 LUFS, never more than ``MOST_GAIN_DB`` and never into clipping."""
+    loudness = ffmpeg.loudness(raw, SPEECH_RATE)
+    if loudness is None:  # shorter than R128's 0.4 s blocks, or far too quiet
+        total = sum(float(np.square(chunk, dtype=np.float64).sum()) for chunk in _chunks(raw))
+        loudness = 10 * math.log10(max(total / samples, 1e-12)) - 0.691
+    return min(TARGET_LUFS - loudness, MOST_GAIN_DB, -20 * math.log10(peak))
+
+
+def _write_wav(raw: Path, gain: float, target: Path) -> None:
+    with wave.open(str(target), "wb") as wav:
+        wav.setparams(_FORMAT)
+        for chunk in _chunks(raw):
+            levels = np.clip(np.rint(chunk * (gain * 32_767)), -32_768, 32_767)
+            wav.writeframesraw(levels.astype("<i2").tobytes())
+
+
+def _chunks(raw: Path) -> Iterator[Samples]:
+    with raw.open("rb") as file:
+        while content := file.read(4 * _CHUNK):
+            yield np.frombuffer(content, np.float32)

@@ -1,0 +1,118 @@
+"""Finished segments in, one video out: seams are made and encoded, everything else is copied.
+
+What happens inside an overlap is ``seam``'s business, how ffmpeg is called ``ffmpeg``'s, the user's track
+``sound``'s.  Memory does not grow with the length: a worker holds the two renderings of one overlap.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from pipeline import ffmpeg
+from pipeline.errors import MediaError, StorageError
+from pipeline.frames import check_video, read_stack, stream_header
+from pipeline.plan import Plan
+from pipeline.seam import WARM_UP, SeamReport, join_overlap
+from pipeline.segment_files import SegmentFiles
+from pipeline.sound import make_track
+
+log = logging.getLogger(__name__)
+
+
+def stitch(
+    plan: Plan,
+    segments: Sequence[SegmentFiles],
+    sound: Path,
+    target: Path,
+    work: Path,
+    *,
+    warm_up: int = WARM_UP,
+    workers: int | None = None,
+) -> tuple[SeamReport, ...]:
+    """Join ``segments`` in the plan's overlaps, add the user's whole track, write an mp4 to ``target``.
+
+    ``target`` appears when its frames were counted by decoding.  ``work`` gets a temporary directory.
+    ``workers`` seams are made at a time, by default one for each core, at most 4 (300 MB each at 480p).
+    Raises ``MediaError``, ``StorageError``, ``InvalidRequest`` (``sound``).
+    """
+    _check(plan, segments)
+    starts = [segment.start for segment in plan.segments[1:]]
+    joints = list(zip(segments, segments[1:], plan.overlaps, starts, strict=False))
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        with tempfile.TemporaryDirectory(prefix="stitch-", dir=work) as name:
+            folder = Path(name)
+            with ThreadPoolExecutor(
+                workers or min(os.cpu_count() or 1, 4), thread_name_prefix="seam"
+            ) as pool:
+                track = pool.submit(make_track, sound, plan.total_frames, folder / "sound.mp4")
+                seams = [
+                    pool.submit(_seam, *joint, folder / f"seam-{number:05d}{ffmpeg.FINAL.suffix}", warm_up)
+                    for number, joint in enumerate(joints)
+                    if joint[2]
+                ]
+                try:
+                    reports = tuple(seam.result() for seam in seams)
+                    heard = track.result()
+                except BaseException:
+                    pool.shutdown(wait=True, cancel_futures=True)
+                    raise
+            parts = _parts(segments, plan.overlaps, folder)
+            _join(parts, heard, partial, folder)
+            check_video(partial, plan.total_frames)
+            partial.replace(target)
+    except OSError as error:
+        raise StorageError(str(target), error.strerror or str(error)) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return reports
+
+
+def _check(plan: Plan, segments: Sequence[SegmentFiles]) -> None:
+    overlaps = (0, *plan.overlaps, 0)
+    for number, (segment, files) in enumerate(zip(plan.segments, segments, strict=True)):
+        head, tail = overlaps[number], overlaps[number + 1]
+        wanted = {"head": head, "body": segment.frames - head - tail, "tail": tail}
+        if dict(files.frames) != wanted:
+            raise MediaError(f"segment {number} has the frames {dict(files.frames)}, the plan wants {wanted}")
+
+
+def _seam(
+    before: SegmentFiles, after: SegmentFiles, overlap: int, start: int, target: Path, warm_up: int
+) -> SeamReport:
+    earlier = read_stack(before.path("tail"), overlap)
+    later = read_stack(after.path("head"), overlap)
+    frames, report = join_overlap(earlier, later, warm_up=warm_up, start=start)
+    with ffmpeg.FrameWriter(target, before.width, before.height, ffmpeg.FINAL) as writer:
+        for frame in frames:
+            writer.write(frame)
+    log.info("seam at frame %d: %s over %d frames", report.frame, report.method, report.frames)
+    return report
+
+
+def _parts(segments: Sequence[SegmentFiles], overlaps: Sequence[int], folder: Path) -> list[tuple[Path, int]]:
+    parts = []
+    for number, files in enumerate(segments):
+        if files.frames["body"]:
+            parts.append((files.path("body"), files.frames["body"]))
+        if number < len(overlaps) and overlaps[number]:
+            parts.append((folder / f"seam-{number:05d}{ffmpeg.FINAL.suffix}", overlaps[number]))
+    return parts
+
+
+def _join(parts: Sequence[tuple[Path, int]], sound: tuple[Path, int], target: Path, folder: Path) -> None:
+    """Copy; or, where other encoders were at work, encode all once more.
+
+    A file with several parameter sets is played by ffmpeg, but not by every player.
+    """
+    if len({stream_header(path) for path, _ in parts}) > 1:
+        log.warning("segments come from different encoders: the whole video is encoded again")
+        whole = folder / f"whole{ffmpeg.FINAL.suffix}"
+        ffmpeg.encode_again(parts, whole, folder)
+        parts = [(whole, sum(frames for _, frames in parts))]
+    ffmpeg.join(parts, sound, target, folder)
