@@ -1,0 +1,133 @@
+"""Command line of the draft engine: flags, start, end.
+
+ComfyUI's flags that a launcher passes are accepted; those that mean nothing without a model are ignored.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import errno
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.draft import faults
+from pipeline.draft.faults import DIE_AT_START, Fault, parse_fault
+from pipeline.draft.folders import Folders
+from pipeline.draft.nodes import DraftNodes
+from pipeline.draft.server import DraftServer, ServerOptions
+
+log = logging.getLogger("pipeline.draft")
+
+IGNORED_SWITCHES = (
+    "--cpu",
+    "--disable-auto-launch",
+    "--disable-api-nodes",
+    "--disable-all-custom-nodes",
+    "--disable-metadata",
+    "--disable-smart-memory",
+    "--dont-print-server",
+    "--cache-classic",
+    "--cache-none",
+    "--lowvram",
+    "--normalvram",
+    "--highvram",
+    "--novram",
+    "--gpu-only",
+    "--deterministic",
+    "--log-stdout",
+)
+IGNORED_OPTIONS = (
+    "--database-url",
+    "--preview-method",
+    "--cache-lru",
+    "--cache-ram",
+    "--reserve-vram",
+    "--user-directory",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until killed; 1 when the engine can't start."""
+    options = _parser().parse_args(argv)
+    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
+    log.info("DRAFT ENGINE: a preview that draws a talking head, not the InfiniteTalk model")
+    time.sleep(options.draft_start_seconds)
+    if any(fault.kind == DIE_AT_START for fault in options.draft_fault):
+        log.error("the draft engine dies at its start, as --draft-fault %s told it to", DIE_AT_START)
+        return 1
+    folders = Folders.prepare(options.base_directory, options.models_directory)
+    max_bytes = round(options.max_upload_size * 1024 * 1024)
+    server_options = ServerOptions(options.listen, options.port, tuple(options.draft_fault), max_bytes)
+    try:
+        asyncio.run(_serve(folders, options.draft_window_seconds, server_options))
+    except OSError as exc:
+        if exc.errno != errno.EADDRINUSE:
+            raise
+        log.error("Port %d is already in use", options.port)
+        return 1
+    return 0
+
+
+async def _serve(folders: Folders, window_seconds: float, options: ServerOptions) -> None:
+    await DraftServer(folders, DraftNodes(folders, window_seconds), options).run()
+
+
+def _fault(text: str) -> Fault:
+    try:
+        return parse_fault(text)
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(str(exc)) from exc
+
+
+def _parser() -> argparse.ArgumentParser:
+    kinds = "; ".join(f"{kind}: {meaning}" for kind, meaning in faults.KINDS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.draft",
+        description="A preview engine with ComfyUI's protocol: draws a talking head, is not the model.",
+        epilog="Accepted and ignored, as ComfyUI's: " + " ".join([*IGNORED_SWITCHES, *IGNORED_OPTIONS]),
+        allow_abbrev=False,
+    )
+    parser.add_argument("--listen", default="127.0.0.1", metavar="HOST")
+    parser.add_argument("--port", type=int, default=8188)
+    parser.add_argument("--base-directory", type=Path, required=True, help="holds input, output and temp")
+    parser.add_argument(
+        "--models-directory", type=Path, help="its files are offered by the loader nodes; none is read"
+    )
+    parser.add_argument("--max-upload-size", type=float, default=100, metavar="MIB")
+    draft = parser.add_argument_group("standing in for a GPU, and misbehaving")
+    draft.add_argument(
+        "--draft-window-seconds",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="a window of 81 frames takes S seconds in the sampler, a shorter one its share; 0: at once",
+    )
+    draft.add_argument(
+        "--draft-start-seconds", type=float, default=0.0, metavar="S", help="wait before the port is opened"
+    )
+    draft.add_argument(
+        "--draft-fault",
+        type=_fault,
+        action="append",
+        default=[],
+        metavar="KIND@N",
+        help=f"misbehave at the N-th accepted prompt; repeatable. {kinds}. {DIE_AT_START}: exit code 1",
+    )
+    for flag in IGNORED_SWITCHES:
+        parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
+    for flag in IGNORED_OPTIONS:
+        parser.add_argument(flag, help=argparse.SUPPRESS)
+    parser.add_argument("--whitelist-custom-nodes", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--verbose", nargs="?", help=argparse.SUPPRESS)
+    return parser
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        sys.exit(main())
+    sys.exit(130)
