@@ -1,0 +1,110 @@
+"""The driver: carries one video through, from a checked request to a finished file, on a Ray cluster.
+
+Puts together what others know: ``cluster`` and ``pool`` here, the story itself in ``pipeline.render``.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from actors.cluster import cluster
+from actors.pool import RendererPool
+from pipeline import ffmpeg
+from pipeline.engine import choose_engine
+from pipeline.errors import InvalidRequest, StorageError
+from pipeline.job import JobDirectory, job_id, storage_errors
+from pipeline.plan import Plan
+from pipeline.render import OnProgress, Renderers, RenderResult, render_video
+from pipeline.request import RenderRequest
+from pipeline.settings import Settings
+from pipeline.workflow import load
+
+WORKFLOW = "image_single"
+"""The same graph serves a source video: each window then gets its own picture."""
+FREE_BYTES = 200 << 20
+"""Less free space than this in the output's folder is refused at the start."""
+
+log = logging.getLogger(__name__)
+
+
+def render(
+    request: RenderRequest,
+    settings: Settings,
+    output: Path,
+    *,
+    gpus: int | None = None,
+    job_dir: Path | None = None,
+    on_progress: OnProgress,
+    make_plan: Callable[[int, int], Plan] | None = None,
+) -> RenderResult:
+    """Render ``request`` into ``output`` (an mp4).
+
+    Finished segments are kept beside the output until the video is there, so the same call after a
+    failure goes on with what is missing; with ``job_dir`` the job lives there, and stays.
+    Raises ``PipelineError``; KeyboardInterrupt leaves no process behind either.
+    """
+    program = choose_engine(settings)
+    if program.kind == "draft":
+        log.warning("DRAFT ENGINE: this is a preview that moves the portrait, not the InfiniteTalk model")
+    workflow = load(WORKFLOW)
+    ffmpeg.binary()  # none: an error now, not after an hour of rendering
+    name = job_id(request, program.kind, workflow.text)
+    _check_output(output)
+    job = JobDirectory(job_dir or output.parent / ".infinitetalk" / name)
+    if job_dir is not None:
+        _check_same_job(job, name)
+
+    @contextmanager
+    def renderers() -> Iterator[Renderers]:
+        with cluster(program, settings, 1 if not request.use_multi_gpu else gpus) as lanes:
+            pool = RendererPool(lanes, program, settings)
+            try:
+                yield pool
+            finally:
+                pool.close()
+
+    log.info("job %s: engine %s, output %s", name, program.title, output, extra={"job": name})
+    result = render_video(
+        request,
+        job,
+        program,
+        workflow,
+        renderers,
+        output,
+        max_attempts=settings.max_attempts,
+        on_progress=on_progress,
+        make_plan=make_plan,
+    )
+    if job_dir is None:
+        job.remove()
+    return result
+
+
+def _check_output(output: Path) -> None:
+    """Refuse an output that can't be written before any time is spent on it."""
+    if output.suffix.lower() != ".mp4":
+        raise InvalidRequest("output", f"{output}: the result is an mp4; name it so")
+    if output.is_dir():
+        raise InvalidRequest("output", f"{output} is a folder")
+    with storage_errors(output.parent):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        (output.parent / ".infinitetalk").mkdir(exist_ok=True)
+        free = shutil.disk_usage(output.parent).free
+    if free < FREE_BYTES:
+        raise StorageError(
+            str(output.parent), f"only {free >> 20} MiB are free, {FREE_BYTES >> 20} MiB are needed"
+        )
+
+
+def _check_same_job(job: JobDirectory, name: str) -> None:
+    """A directory that holds another request's job is left alone."""
+    mark = job.path / "id"
+    with storage_errors(job.path):
+        job.path.mkdir(parents=True, exist_ok=True)
+        if mark.exists() and mark.read_text().strip() != name:
+            raise InvalidRequest("job-dir", f"{job.path} holds another job (other inputs, options or engine)")
+        mark.write_text(name + "\n")

@@ -1,0 +1,138 @@
+"""The renderer: the Ray actor that owns one GPU and one engine, and renders one segment at a time.
+
+Thin: what a segment is made of is in ``pipeline.segment``, what an engine is in ``pipeline.engine``.
+Nobody repairs a renderer: when its engine is lost, the pool drops it and makes another.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+import threading
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from pipeline.comfy_client import ComfyClient
+from pipeline.devices import this_cpu, visible_gpus
+from pipeline.engine import EngineProgram, RunningEngine, clear_inputs, discard_outputs, running_engine
+from pipeline.errors import EngineError, MediaError, StorageError
+from pipeline.job import storage_errors
+from pipeline.messages import RenderedSegment, RendererInfo, SegmentProgress, SegmentTask
+from pipeline.segment import render_segment
+from pipeline.settings import Settings
+
+DIED_WITHIN_SECONDS = 2.0
+"""A request fails before the guard has told of the engine's death; this long is waited for the word."""
+
+
+class Renderer:
+    """One GPU, one engine, one segment at a time.
+
+    The constructor only stores: whatever it raised would reach callers as a bare ActorDiedError.
+    """
+
+    def __init__(self, lane: int, program: EngineProgram, settings: Settings) -> None:
+        self._lane, self._program, self._settings = lane, program, settings
+        self._node = socket.gethostname()
+        self._open = ExitStack()
+        self._engine: RunningEngine | None = None
+        self._client: ComfyClient | None = None
+        self._cancelled = threading.Event()
+        self._progress: SegmentProgress | None = None
+
+    @ray.method(concurrency_group="work")
+    def start(self) -> RendererInfo:
+        """Start the engine and wait until it answers; who this renderer is.
+
+        Raises ``EngineError``, ``ConfigurationError``, ``StorageError``.
+        """
+        client, engine = self._started()
+        device = this_cpu()
+        if self._program.kind == "comfyui" and (gpus := visible_gpus()):
+            device = gpus[0]
+        return RendererInfo(
+            lane=self._lane,
+            node=self._node,
+            engine=self._program.kind,
+            engine_version=client.version(),
+            port=engine.port,
+            pid=os.getpid(),
+            engine_pid=engine.pid,
+            guard_pid=engine.guard_pid,
+            device=device.name,
+            memory_gb=device.memory_gb,
+        )
+
+    def _started(self) -> tuple[ComfyClient, RunningEngine]:
+        if self._engine is None or self._client is None:
+            self._engine = self._open.enter_context(running_engine(self._program, self._settings))
+            self._client = ComfyClient(self._engine.url)
+        return self._client, self._engine
+
+    @ray.method(concurrency_group="work")
+    def render(self, task: SegmentTask) -> RenderedSegment:
+        """Render one segment; the files come back as bytes, nothing stays here.
+
+        Raises ``GraphError``, ``EngineError`` (with the engine's log), ``JobCancelled``, ``StorageError``.
+        """
+        client, engine = self._started()
+        began = time.monotonic()
+        try:
+            with (
+                storage_errors(self._settings.scratch_dir),
+                tempfile.TemporaryDirectory(prefix="segment-", dir=engine.base_dir) as folder,
+            ):
+                files, seconds = render_segment(
+                    task,
+                    client,
+                    Path(folder) / "files",
+                    report=self._report,
+                    discard=lambda fetched: discard_outputs(engine, fetched),
+                    cancelled=self._cancelled,
+                    silent_after=self._settings.silent_seconds,
+                )
+                arrays = files.to_arrays()
+        except (EngineError, MediaError, StorageError) as error:
+            # The guard removes the base directory when the engine dies, so files vanish below our hands too.
+            if engine.process.exited.wait(DIED_WITHIN_SECONDS):
+                reason = f"the engine (pid {engine.pid}) died with exit code {engine.process.exit_code}"
+            elif isinstance(error, EngineError):
+                reason = error.reason
+            else:
+                raise
+            after = f"{reason} {time.monotonic() - began:.0f} s into segment {task.index}"
+            raise EngineError(f"GPU {self._lane} on {self._node}: {after}", engine.log_tail()) from error
+        finally:
+            self._progress = None
+        clear_inputs(engine)
+        return RenderedSegment(task.index, self._lane, self._node, task.attempt, arrays, seconds)
+
+    def _report(self, progress: SegmentProgress) -> None:
+        self._progress = progress
+
+    @ray.method(concurrency_group="control")
+    def progress(self) -> SegmentProgress | None:
+        """How far the segment in work is."""
+        return self._progress
+
+    @ray.method(concurrency_group="control")
+    def cancel(self) -> None:
+        """Stop the segment in work; ``render`` then raises ``JobCancelled``.  For good: drop the renderer."""
+        self._cancelled.set()
+
+    @ray.method(concurrency_group="control")
+    def stop(self) -> None:
+        """End the engine."""
+        self._cancelled.set()
+        self._open.close()
+
+
+# num_cpus=0: an actor with GPUs also takes a CPU for its life otherwise, and a third one hangs on two cores.
+RendererActor: Any = ray.remote(  # type: ignore[call-overload]  # Ray's stubs lack concurrency_groups
+    num_gpus=1, num_cpus=0, max_restarts=0, max_task_retries=0, concurrency_groups={"work": 1, "control": 4}
+)(Renderer)

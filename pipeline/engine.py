@@ -1,0 +1,304 @@
+"""One engine process: which program it is, how it is started, when it is ready, how it ends.
+
+Two programs can be an engine: ComfyUI from a checkout that the user names, and the draft engine, a
+preview for machines without GPU.  Both speak ComfyUI's protocol, which is ``comfy_client``'s business.
+The only place that starts an engine; orphans are ``process_guard``'s business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Literal
+
+import requests
+
+from pipeline import process_guard
+from pipeline.comfy_answers import OutputFile
+from pipeline.errors import ConfigurationError, EngineError, StorageError
+from pipeline.ports import reserved_port
+from pipeline.settings import Settings
+
+EngineKind = Literal["comfyui", "draft"]
+
+LOG_LINES = 30
+"""Lines of an engine's log that go into an error."""
+KEPT_LOGS = 20
+"""Logs of ended engines that stay in the scratch folder."""
+POLL_SECONDS = 0.1
+STOP_SECONDS = 10.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineProgram:
+    """The program that shall be the engine; made by ``choose_engine``, the same for all renderers."""
+
+    kind: EngineKind
+    command: tuple[str, ...]
+    """Without port and folders, which are each process's own."""
+    folder: Path
+    """The working directory of the process."""
+    models: Path | None
+    """The folder of the weights; None: the program needs none."""
+
+    @property
+    def title(self) -> str:
+        """What logs and results call it."""
+        return "ComfyUI" if self.kind == "comfyui" else "draft engine (a preview, not the model)"
+
+
+def choose_engine(settings: Settings) -> EngineProgram:
+    """The engine that the settings ask for.
+
+    ``auto`` is ComfyUI where a checkout is configured, else the draft engine.  A configured but unusable
+    ComfyUI is a ``ConfigurationError``, never a silent draft.
+    """
+    if settings.engine == "comfyui" and settings.comfyui_dir is None:
+        raise ConfigurationError(
+            "INFINITETALK_ENGINE=comfyui needs INFINITETALK_COMFYUI_DIR, the folder of a ComfyUI checkout"
+        )
+    if settings.engine == "draft" or settings.comfyui_dir is None:
+        command = (sys.executable, "-m", "pipeline.draft", *settings.draft_flags)
+        return EngineProgram("draft", command, Path(__file__).resolve().parent.parent, None)
+    checkout = settings.comfyui_dir.expanduser().resolve()
+    if not (checkout / "main.py").is_file():
+        raise ConfigurationError(
+            f"INFINITETALK_COMFYUI_DIR={settings.comfyui_dir} is no ComfyUI checkout: no main.py in it"
+        )
+    models = (settings.comfyui_models or checkout / "models").expanduser().resolve()
+    if not models.is_dir():
+        raise ConfigurationError(
+            f"the folder of the weights does not exist: {models}; set INFINITETALK_COMFYUI_MODELS"
+        )
+    command = (
+        str(_comfyui_python(settings, checkout)),
+        "main.py",
+        "--disable-auto-launch",
+        "--disable-metadata",
+        "--disable-api-nodes",
+        "--disable-all-custom-nodes",
+        *settings.comfyui_flags,
+    )
+    return EngineProgram("comfyui", command, checkout, models)
+
+
+def _comfyui_python(settings: Settings, checkout: Path) -> Path:
+    if settings.comfyui_python is not None:
+        if not os.access(settings.comfyui_python, os.X_OK):
+            raise ConfigurationError(f"INFINITETALK_COMFYUI_PYTHON={settings.comfyui_python} is no program")
+        return settings.comfyui_python.expanduser().absolute()  # not resolved: a venv's python is a link
+    for name in ("venv", ".venv"):
+        python = checkout / name / "bin" / "python"
+        if os.access(python, os.X_OK):
+            return python
+    raise ConfigurationError(
+        f"no venv/bin/python in {checkout}; "
+        "set INFINITETALK_COMFYUI_PYTHON to the Python that has ComfyUI's packages"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class RunningEngine:
+    """An engine that answers; valid inside ``running_engine`` only."""
+
+    url: str
+    port: int
+    guard_pid: int
+    pid: int
+    base_dir: Path
+    log_path: Path
+    process: GuardedProcess
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process still runs."""
+        return not self.process.exited.is_set()
+
+    def log_tail(self) -> str:
+        """The last lines of its log."""
+        return tail(self.log_path)
+
+
+def tail(path: Path, lines: int = LOG_LINES) -> str:
+    """The last ``lines`` of a text file; empty when there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - 16_384))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return ""
+    return "\n".join(text.splitlines()[-lines:])
+
+
+class GuardedProcess:
+    """A command below ``process_guard``; ``exited`` is set as soon as it has ended."""
+
+    def __init__(
+        self, command: list[str], folder: Path, base_dir: Path, output: IO[bytes], lock: int
+    ) -> None:
+        self._started = threading.Event()
+        self.exited = threading.Event()
+        self.pid = self.guard_pid = 0
+        self.exit_code = "unknown"
+        guard = [sys.executable, "-S", "-E", process_guard.__file__, str(base_dir), *command]
+        self._launcher = subprocess.Popen(
+            guard,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=output,
+            cwd=folder,
+            env=_engine_environment(command),
+            pass_fds=(lock,),
+        )
+        threading.Thread(target=self._listen, name="engine-guard", daemon=True).start()
+        self._launcher.wait()  # the launcher forks and leaves; the guard holds the pipes
+        if not self._started.wait(STOP_SECONDS):
+            self.stop()
+            raise EngineError("the engine's guard process did not start", tail(Path(output.name)))
+
+    def _listen(self) -> None:
+        assert self._launcher.stdout is not None
+        with self._launcher.stdout as channel:
+            for line in channel:
+                match line.decode().split():
+                    case ["started", guard, child]:
+                        self.guard_pid, self.pid = int(guard), int(child)
+                        self._started.set()
+                    case ["exited", code]:
+                        self.exit_code = code
+        self.exited.set()  # also when the guard itself was killed
+
+    def stop(self) -> None:
+        """End the whole process tree and wait until it is gone."""
+        assert self._launcher.stdin is not None
+        with contextlib.suppress(OSError):
+            self._launcher.stdin.close()
+        self.exited.wait(STOP_SECONDS)
+
+
+def _engine_environment(command: list[str]) -> dict[str, str]:
+    """The environment without what a Ray worker's would do to a child.
+
+    ``CUDA_VISIBLE_DEVICES`` stays: it is how Ray gives the renderer its GPU.
+    """
+    dropped = {"PYTHONBREAKPOINT", "OMP_NUM_THREADS", "SPT_NOENV"}
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k not in dropped}
+    if "--cpu" in command:
+        env["OMP_NUM_THREADS"] = (
+            "1"  # measured: with more, small renders on a busy machine take ten times longer
+        )
+    return env
+
+
+@contextmanager
+def running_engine(program: EngineProgram, settings: Settings) -> Iterator[RunningEngine]:
+    """Start an engine on a free port of 127.0.0.1, wait until it answers, and end it at the end.
+
+    Raises ``EngineError`` (with the log's tail) when it dies or is not ready in ``ready_seconds``,
+    ``ConfigurationError`` when no port is free, ``StorageError`` when there is no place for its folders.
+    """
+    refused: set[int] = set()
+    while True:
+        with reserved_port(*settings.port_range, frozenset(refused)) as (port, lock):
+            base_dir, log_path = _folders(program, settings, port)
+            command = [
+                *program.command,
+                *("--listen", "127.0.0.1", "--port", str(port), "--base-directory", str(base_dir)),
+                *("--database-url", f"sqlite:///{base_dir}/user/comfyui.db"),
+            ]
+            with log_path.open("wb") as output:
+                process = GuardedProcess(command, program.folder, base_dir, output, lock)
+            engine = RunningEngine(
+                f"http://127.0.0.1:{port}", port, process.guard_pid, process.pid, base_dir, log_path, process
+            )
+            try:
+                _wait_until_ready(engine, program, settings.ready_seconds)
+                log.info("%s is ready on port %d (pid %d, log %s)", program.title, port, engine.pid, log_path)
+                yield engine
+                return
+            except EngineError as error:
+                # A stranger took the port between our look and the engine's bind.
+                if "already in use" not in error.log or engine.alive:
+                    raise
+                refused.add(port)
+            finally:
+                process.stop()
+                shutil.rmtree(base_dir, ignore_errors=True)  # the guard did, unless it was killed
+
+
+def _folders(program: EngineProgram, settings: Settings, port: int) -> tuple[Path, Path]:
+    """A fresh base directory (removed by the guard) and the path of the log (kept)."""
+    try:
+        logs = settings.scratch_dir / "infinitetalk-logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        for old in sorted(logs.glob("engine-*.log"), key=_modified)[:-KEPT_LOGS]:
+            old.unlink(missing_ok=True)
+        base_dir = Path(tempfile.mkdtemp(prefix="infinitetalk-engine-", dir=settings.scratch_dir))
+        for name in ("input", "output", "temp", "user", "custom_nodes"):
+            (base_dir / name).mkdir()
+        if program.models is not None:
+            # A link, not --models-directory: ComfyUI 0.11 has no such flag.
+            (base_dir / "models").symlink_to(program.models)
+    except OSError as error:
+        raise StorageError(str(settings.scratch_dir), error.strerror or str(error)) from None
+    return base_dir, logs / f"engine-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{port}.log"
+
+
+def _modified(path: Path) -> float:
+    with contextlib.suppress(OSError):
+        return path.stat().st_mtime
+    return 0.0
+
+
+def _wait_until_ready(engine: RunningEngine, program: EngineProgram, patience: float) -> None:
+    deadline = time.monotonic() + patience
+    while not engine.process.exited.wait(POLL_SECONDS):
+        if _answers(engine):
+            return
+        if time.monotonic() > deadline:
+            raise EngineError(
+                f"{program.title} did not answer on port {engine.port} within {patience:g} s",
+                engine.log_tail(),
+            )
+    raise EngineError(
+        f"{program.title} ended with exit code {engine.process.exit_code} before it was ready",
+        engine.log_tail(),
+    )
+
+
+def _answers(engine: RunningEngine) -> bool:
+    """Whether *our* engine answers: a stranger on the port does not know our base directory."""
+    try:
+        reply = requests.get(f"{engine.url}/system_stats", timeout=5)
+        return reply.status_code == 200 and str(engine.base_dir) in reply.json()["system"]["argv"]
+    except (requests.RequestException, ValueError, KeyError, TypeError):
+        return False
+
+
+def discard_outputs(engine: RunningEngine, files: Sequence[OutputFile]) -> None:
+    """Delete outputs that were fetched; ComfyUI has no request for it and would fill the disk."""
+    for file in files:
+        path = (engine.base_dir / file["type"] / file["subfolder"] / file["filename"]).resolve()
+        if path.is_relative_to(engine.base_dir):
+            path.unlink(missing_ok=True)
+
+
+def clear_inputs(engine: RunningEngine) -> None:
+    """Delete what was uploaded for a segment that is done."""
+    shutil.rmtree(engine.base_dir / "input", ignore_errors=True)
+    with contextlib.suppress(OSError):
+        (engine.base_dir / "input").mkdir(exist_ok=True)

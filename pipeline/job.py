@@ -1,0 +1,159 @@
+"""The job directory: the name of every file of a job, and the only truth about how far it is.
+
+    request.json            what was asked for
+    inputs/picture*, sound* the caller's files
+    inputs/portrait.png     the picture, fitted
+    inputs/speech.wav       what the model hears: 16 kHz mono, normalised
+    plan.json               how the job was cut; a resumed job goes by it
+    segments/0003/          a finished segment; a folder that exists is complete
+    result.json, video.mp4  the end
+
+Files appear under their names only when they are whole.  Nobody else joins paths.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import InvalidRequest, StorageError
+from pipeline.plan import Plan
+from pipeline.request import RenderRequest
+
+
+@dataclass(frozen=True, slots=True)
+class JobDirectory:
+    """Where one job lives."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The job's id, in logs and results."""
+        return self.path.name
+
+    @property
+    def portrait(self) -> Path:
+        return self.path / "inputs" / "portrait.png"
+
+    @property
+    def speech(self) -> Path:
+        return self.path / "inputs" / "speech.wav"
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def video(self) -> Path:
+        return self.path / "video.mp4"
+
+    @property
+    def result(self) -> Path:
+        return self.path / "result.json"
+
+    @property
+    def work(self) -> Path:
+        """For files that are of no use after the step that makes them."""
+        return self.path / "work"
+
+    def segment(self, index: int) -> Path:
+        """The folder of a finished segment."""
+        return self.path / "segments" / f"{index:04d}"
+
+    def source(self, kind: str, original: Path) -> Path:
+        """The job's own copy of a caller's file; the suffix stays for the decoders."""
+        return self.path / "inputs" / f"{kind}{original.suffix.lower()[:10]}"
+
+    def stored_plan(self) -> Plan | None:
+        """The plan of an earlier start of this job."""
+        if not self.plan.exists():
+            return None
+        return Plan.from_json(json.loads(self.plan.read_text()))
+
+    def write_json(self, path: Path, value: Any) -> None:
+        """Write atomically."""
+        with finished(path) as partial:
+            partial.write_text(json.dumps(value, indent=1) + "\n")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the job: a second process on the same directory gets an ``InvalidRequest``."""
+        with storage_errors(self.path):
+            for folder in (self.path / "inputs", self.path / "segments"):
+                folder.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise InvalidRequest("job", f"{self.path} is being rendered by another process") from None
+        try:
+            yield
+        finally:
+            shutil.rmtree(self.work, ignore_errors=True)
+            os.close(lock)
+
+    def take_input(self, kind: str, original: Path) -> Path:
+        """Copy a caller's file into the job (once), so that a resumed job needs nothing else."""
+        copy = self.source(kind, original)
+        if not copy.exists():
+            with finished(copy) as partial:
+                shutil.copyfile(original, partial)
+        return copy
+
+    def remove(self) -> None:
+        """Delete the job, and its parent when nothing else is in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        if not any(self.path.parent.iterdir()):
+            self.path.parent.rmdir()
+
+
+def job_id(request: RenderRequest, engine: str, graph: str) -> str:
+    """The name of the job that makes this request with this engine: the same request, the same job.
+
+    A digest of the files' content and of all that shapes the pictures; started again, the job goes on.
+    Raises ``InvalidRequest`` for a file that can't be read.
+    """
+    digest = hashlib.sha256()
+    shape = request.model_dump(mode="json", exclude={"image", "video", "audio"})
+    digest.update(json.dumps([shape, engine, graph], sort_keys=True).encode())
+    for field, path in ((request.input_type, request.picture), ("audio", request.audio)):
+        try:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        except FileNotFoundError:
+            raise InvalidRequest(field, f"{path}: no such file") from None
+        except OSError as error:
+            raise InvalidRequest(field, f"{path}: {error.strerror}") from None
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def finished(path: Path) -> Iterator[Path]:
+    """Write to the yielded path; it becomes ``path`` only if nothing was raised."""
+    partial = path.with_name(f".partial-{path.name}")  # the suffix stays: ffmpeg picks the container by it
+    try:
+        with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn what a file system says no with into ``StorageError``."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(str(path), error.strerror or str(error)) from error

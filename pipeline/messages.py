@@ -1,0 +1,98 @@
+"""What travels between driver and renderers: frozen, typed, safe to send twice.
+
+Values only: no handles, no open files, nothing of Ray.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.workflow import Workflow
+
+Blob = npt.NDArray[np.uint8]
+"""Bytes as a uint8 array: Ray shares those between processes of a node without a copy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What is the same for every segment of a job."""
+
+    job: str
+    workflow: Workflow
+    prompt: str
+    seed: int
+    steps: int
+    width: int
+    height: int
+    motion: int
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentTask:
+    """All that a renderer needs to make one segment."""
+
+    recipe: Recipe
+    index: int
+    lane: int
+    """The lane that the plan had in mind."""
+    start: int
+    frames: int
+    """The segment covers the frames ``[start, start + frames)`` of the job."""
+    windows: tuple[int, ...]
+    """The length of each window in frames; later windows repeat ``motion`` frames of the one before."""
+    head: int
+    tail: int
+    """Frames shared with the segment before and with the one after."""
+    portraits: tuple[bytes, ...]
+    """PNG of the picture that conditions each window; one for all, or one for each."""
+    speech: tuple[bytes, ...]
+    """WAV of each window's own time (16 kHz mono), sample 0 at the window's frame 0."""
+    attempt: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedSegment:
+    """A finished segment: its three files as bytes, and how long each window took."""
+
+    index: int
+    lane: int
+    node: str
+    attempt: int
+    files: dict[str, Blob]
+    window_seconds: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentProgress:
+    """How far a renderer is with its segment."""
+
+    index: int
+    windows_done: int
+    fraction: float
+    """Of the window that is being rendered, 0 to 1."""
+    window_seconds: tuple[float, ...]
+    """Of the windows done."""
+
+
+@dataclass(frozen=True, slots=True)
+class RendererInfo:
+    """Who a renderer is, once its engine answers."""
+
+    lane: int
+    node: str
+    engine: str
+    engine_version: str
+    port: int
+    pid: int
+    engine_pid: int
+    guard_pid: int
+    device: str
+    memory_gb: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """For logs and JSON."""
+        return {name: getattr(self, name) for name in self.__slots__}

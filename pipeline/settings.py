@@ -1,0 +1,96 @@
+"""What an operator may turn: one frozen object, built once where a program starts.
+
+Nobody else reads the environment for the project's own settings.  What one *job* wants is in ``request``.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from pipeline.errors import ConfigurationError
+
+PREFIX = "INFINITETALK_"
+
+EngineChoice = Literal["auto", "comfyui", "draft"]
+
+
+class Settings(BaseModel):
+    """The operator's settings; each field is the environment variable ``INFINITETALK_<FIELD>``.
+
+    Raises ``ConfigurationError`` from ``from_env`` for an unknown variable or an unusable value.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    engine: EngineChoice = "auto"
+    """``auto`` takes ComfyUI where ``comfyui_dir`` is set, else the draft engine."""
+    comfyui_dir: Path | None = None
+    """A ComfyUI checkout (the folder with ``main.py``)."""
+    comfyui_python: Path | None = None
+    """The Python that has ComfyUI's packages; default: the checkout's own ``venv`` or ``.venv``."""
+    comfyui_models: Path | None = None
+    """The folder of the weights; default: the checkout's ``models``."""
+    comfyui_args: str = ""
+    """More flags for ComfyUI, as on a command line (``--lowvram``)."""
+    draft_args: str = ""
+    """More flags for the draft engine (``python -m pipeline.draft --help``)."""
+    ports: str = "8188-8699"
+    """Engines take the first free port of this range, both ends included."""
+    ready_seconds: float = Field(default=300, gt=0)
+    """How long an engine may take to answer after its start."""
+    silent_seconds: float = Field(default=120, gt=0)
+    """How long an engine may leave every question unanswered before it counts as dead."""
+    max_attempts: int = Field(default=3, ge=1)
+    """How many renderers one segment may lose before the job fails."""
+    scratch_dir: Path = Path(tempfile.gettempdir())
+    """Where engines keep their base directories, and logs; local to each node."""
+    ray_address: str = "local"
+    """``local`` starts Ray on this machine; ``auto`` or ``HOST:PORT`` joins a running cluster."""
+
+    @field_validator("ports")
+    @classmethod
+    def _ports_are_a_range(cls, text: str) -> str:
+        first, dash, last = text.partition("-")
+        numbers = first.isdecimal() and last.isdecimal() and bool(dash)
+        if not numbers or not 1024 <= int(first) <= int(last) <= 65535:
+            raise ValueError(f"{text!r} is no range of ports such as 8188-8699")
+        return text
+
+    @property
+    def port_range(self) -> tuple[int, int]:
+        """First and last port."""
+        first, _, last = self.ports.partition("-")
+        return int(first), int(last)
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] = os.environ) -> Settings:
+        """Read ``INFINITETALK_*``; empty values count as not set."""
+        given = {
+            key.removeprefix(PREFIX).lower(): value for key, value in env.items() if key.startswith(PREFIX)
+        }
+        try:
+            return cls.model_validate({key: value for key, value in given.items() if value != ""})
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = PREFIX + "_".join(str(part) for part in first["loc"]).upper()
+            if first["type"] == "extra_forbidden":
+                known = ", ".join(PREFIX + field.upper() for field in cls.model_fields)
+                raise ConfigurationError(f"{name} is not a setting; the settings are {known}") from None
+            raise ConfigurationError(f"{name}: {first['msg']}") from None
+
+    @property
+    def comfyui_flags(self) -> list[str]:
+        """``comfyui_args`` as a list."""
+        return shlex.split(self.comfyui_args)
+
+    @property
+    def draft_flags(self) -> list[str]:
+        """``draft_args`` as a list."""
+        return shlex.split(self.draft_args)

@@ -1,0 +1,185 @@
+"""Mapping segments to renderers: order, another try, giving up; with threads in the renderers' place."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from pipeline.errors import GraphError, JobCancelled, RendererLost, RenderFailed, StorageError
+from pipeline.messages import RenderedSegment, RendererInfo, SegmentProgress
+from pipeline.plan import Segment
+from pipeline.render import render_all
+
+Work = Callable[[int, int, int], None]
+"""What a renderer does with (segment, attempt, lane); it raises what should go wrong."""
+
+
+class ThreadRenderers:
+    """Lanes that are threads; ``log`` tells who did what."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._threads = ThreadPoolExecutor(8)
+        self.log: list[tuple[int, int, int]] = []
+        self.cancelled = threading.Event()
+
+    def start(self) -> Sequence[RendererInfo]:
+        return ()
+
+    def submit(self, task: Any, lane: int) -> Future[RenderedSegment]:
+        segment, attempt = task
+
+        def run() -> RenderedSegment:
+            self.log.append((segment.index, attempt, lane))
+            self._work(segment.index, attempt, lane)
+            return RenderedSegment(segment.index, lane, "here", attempt, {}, (1.0,))
+
+        return self._threads.submit(run)
+
+    def progress(self) -> Sequence[SegmentProgress]:
+        return ()
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+
+
+def segments(*windows: int) -> list[Segment]:
+    """Segments of so many windows, each planned for a lane of its own."""
+    return [Segment(i, 100 * i, 100 * i + 120, (81,) * n, i) for i, n in enumerate(windows)]
+
+
+def run(work: Work, parts: list[Segment], lanes: int, attempts: int = 3) -> tuple[list[int], ThreadRenderers]:
+    renderers = ThreadRenderers(work)
+    done = render_all(parts, lambda s, n: (s, n), renderers, lanes, attempts, lambda _: None)  # type: ignore[arg-type, return-value]
+    return [rendered.index for rendered in done], renderers
+
+
+def nothing(_segment: int, _attempt: int, _lane: int) -> None:
+    """All goes well."""
+
+
+def test_every_segment_is_rendered_once_on_its_planned_lane() -> None:
+    """With a lane for each segment, the plan is followed."""
+    indices, renderers = run(nothing, segments(2, 3, 1), lanes=3)
+    assert sorted(indices) == [0, 1, 2]
+    assert sorted(renderers.log) == [(0, 1, 0), (1, 1, 1), (2, 1, 2)]
+    assert not renderers.cancelled.is_set()
+
+
+def test_the_longest_segment_goes_first() -> None:
+    """One lane takes its own segment first and then the longest of the others."""
+    _, renderers = run(nothing, segments(2, 3, 5, 4), lanes=1)
+    assert [segment for segment, _, _ in renderers.log] == [0, 2, 3, 1]
+
+
+def test_an_idle_lane_takes_what_was_planned_for_another() -> None:
+    """While lane 0 is busy with segment 0, lane 1 renders the rest."""
+    rest_done = threading.Event()
+    left = {1, 2, 3}
+
+    def work(segment: int, _attempt: int, _lane: int) -> None:
+        if segment == 0:
+            assert rest_done.wait(10)
+            return
+        left.discard(segment)
+        if not left:
+            rest_done.set()
+
+    parts = [Segment(i, 100 * i, 100 * i + 120, (81,), 0) for i in range(4)]
+    _, renderers = run(work, parts, lanes=2)
+    assert {lane for segment, _, lane in renderers.log if segment} == {1}
+
+
+def test_a_lost_segment_gets_another_try_on_another_lane() -> None:
+    """A renderer that is lost costs one attempt, and the next is elsewhere."""
+
+    def work(segment: int, attempt: int, _lane: int) -> None:
+        if segment == 1 and attempt == 1:
+            raise RendererLost(1, "the engine died")
+
+    indices, renderers = run(work, segments(1, 1), lanes=2)
+    assert sorted(indices) == [0, 1]
+    first, second = [lane for segment, _, lane in renderers.log if segment == 1]
+    assert first != second
+
+
+def test_attempts_are_bounded_and_the_last_reason_is_told() -> None:
+    """A segment that loses every renderer ends the job with the reason, after max_attempts."""
+
+    def work(segment: int, _attempt: int, _lane: int) -> None:
+        if segment == 1:
+            raise RendererLost(1, "out of luck")
+
+    with pytest.raises(RenderFailed, match="segment 1 can't be rendered: lost 2 renderers; out of luck"):
+        run(work, segments(1, 1), lanes=3, attempts=2)
+
+
+def test_a_lane_that_loses_everything_is_left_alone() -> None:
+    """A broken lane takes no more segments after max_attempts losses in a row; the others finish the job."""
+
+    def work(segment: int, _attempt: int, lane: int) -> None:
+        if lane == 0:
+            raise RendererLost(segment, "broken GPU")
+
+    indices, renderers = run(work, segments(1, 1, 1, 1, 1, 1), lanes=2, attempts=2)
+    assert sorted(indices) == [0, 1, 2, 3, 4, 5]
+    assert sum(lane == 0 for _, _, lane in renderers.log) == 2
+
+
+def test_a_graph_error_ends_the_job_at_once() -> None:
+    """What would end the same way again is not tried again; the rest is cancelled."""
+    hold = threading.Event()
+
+    def work(segment: int, _attempt: int, _lane: int) -> None:
+        if segment == 0:
+            raise GraphError("Sampler (KSampler)", "CUDA out of memory")
+        hold.wait(10)
+
+    renderers = ThreadRenderers(work)
+    done = render_all(segments(1, 1), lambda s, n: (s, n), renderers, 2, 3, lambda _: None)  # type: ignore[arg-type, return-value]
+    with pytest.raises(RenderFailed, match=r"segment 0 .*GPU 0: Sampler \(KSampler\): CUDA out of memory"):
+        list(done)
+    hold.set()
+    assert renderers.cancelled.is_set()
+    assert [entry for entry in renderers.log if entry[0] == 0] == [(0, 1, 0)]
+
+
+@pytest.mark.parametrize("error", [StorageError("/x", "No space left on device"), RenderFailed(0, "x")])
+def test_a_full_disk_is_told_as_it_is(error: Exception) -> None:
+    """StorageError passes unchanged; other errors of ours name the segment."""
+
+    def work(_segment: int, _attempt: int, _lane: int) -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        run(work, segments(1), lanes=1)
+
+
+def test_cancelling_passes_as_a_failure_of_its_segment() -> None:
+    """A renderer that was told to stop does not get its segment back."""
+
+    def work(_segment: int, _attempt: int, _lane: int) -> None:
+        raise JobCancelled("j")
+
+    with pytest.raises(RenderFailed, match="cancelled"):
+        run(work, segments(1), lanes=1)
+
+
+def test_leaving_early_cancels_what_is_in_work() -> None:
+    """Closing the iterator (Ctrl-C) stops the renderers."""
+    hold = threading.Event()
+
+    def work(segment: int, _attempt: int, _lane: int) -> None:
+        if segment:
+            hold.wait(10)
+
+    renderers = ThreadRenderers(work)
+    done = render_all(segments(1, 1), lambda s, n: (s, n), renderers, 2, 3, lambda _: None)  # type: ignore[arg-type, return-value]
+    assert next(done).index == 0
+    done.close()  # type: ignore[attr-defined]
+    assert renderers.cancelled.is_set()
+    hold.set()

@@ -1,0 +1,169 @@
+"""A segment on a real engine process: windows that continue each other, each with its own time's speech."""
+
+from __future__ import annotations
+
+import io
+import threading
+import wave
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.comfy_client import ComfyClient
+from pipeline.draft.stamp import read_stamp
+from pipeline.engine import RunningEngine, choose_engine, discard_outputs, running_engine
+from pipeline.errors import GraphError, JobCancelled
+from pipeline.frames import read_stack
+from pipeline.messages import Recipe, SegmentProgress, SegmentTask
+from pipeline.segment import render_segment
+from pipeline.settings import Settings
+from pipeline.workflow import load
+
+SIZE = 64
+WINDOWS = (81, 81, 21)
+FRAMES = 81 + 72 + 12
+START = 1000
+"""The segment's place in the job; its speech is silent but for one second at a time that is known."""
+LOUD = range(START + 100, START + 125)
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningEngine]:
+    settings = Settings(engine="draft", scratch_dir=tmp_path_factory.mktemp("scratch"), ports="18220-18239")
+    with running_engine(choose_engine(settings), settings) as running:
+        yield running
+
+
+def wav(first: int, frames: int) -> bytes:
+    """Speech of the job's frames ``[first, first + frames)``: a tone in ``LOUD``, silence elsewhere."""
+    tone = (np.sin(np.arange(640) * 2 * np.pi * 200 / 16_000) * 15_000).astype(np.int16)
+    parts = [tone if frame in LOUD else np.zeros(640, np.int16) for frame in range(first, first + frames + 2)]
+    target = io.BytesIO()
+    with wave.open(target, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16_000)
+        file.writeframes(np.concatenate(parts).tobytes())
+    return target.getvalue()
+
+
+def task_of(portrait: Path, **changes: object) -> SegmentTask:
+    with Image.open(portrait) as picture:
+        target = io.BytesIO()
+        picture.convert("RGB").resize((SIZE, SIZE)).save(target, format="PNG")
+    recipe = Recipe("job", load("image_single"), "A person talks", 7, 4, SIZE, SIZE, 9)
+    starts = (START, START + 72, START + 144)
+    fields = {
+        "recipe": recipe,
+        "index": 3,
+        "lane": 0,
+        "start": START,
+        "frames": FRAMES,
+        "windows": WINDOWS,
+        "head": FRAMES,  # lossless, so that every frame can be looked at
+        "tail": 0,
+        "portraits": (target.getvalue(),),
+        "speech": tuple(wav(start, length) for start, length in zip(starts, WINDOWS, strict=True)),
+        **changes,
+    }
+    return SegmentTask(**fields)  # type: ignore[arg-type]
+
+
+def run(engine: RunningEngine, task: SegmentTask, folder: Path) -> tuple[np.ndarray, list[SegmentProgress]]:
+    seen: list[SegmentProgress] = []
+    files, seconds = render_segment(
+        task,
+        ComfyClient(engine.url),
+        folder / "segment",
+        report=seen.append,
+        discard=lambda fetched: discard_outputs(engine, fetched),
+        cancelled=threading.Event(),
+        silent_after=20,
+    )
+    assert len(seconds) == len(task.windows)
+    return read_stack(files.path("head"), task.head), seen
+
+
+def test_windows_continue_each_other_and_hear_their_own_time(
+    engine: RunningEngine, portrait: Path, tmp_path: Path
+) -> None:
+    """One unbroken motion over three windows; the mouth opens in the loud second only."""
+    frames, seen = run(engine, task_of(portrait), tmp_path)
+    stamps = [read_stamp(frame) for frame in frames]
+    assert [stamp.frame for stamp in stamps if stamp] == list(range(FRAMES))
+    opening = np.array([stamp.opening for stamp in stamps if stamp])
+    loud = np.array([START + i in LOUD for i in range(FRAMES)])
+    assert opening[loud][3:].min() > 0.3
+    quiet = ~loud & ~np.roll(loud, 6)  # the mouth takes some frames to close
+    assert opening[quiet].max() < 0.1
+    steps = np.abs(np.diff(frames.astype(np.int16), axis=0)).mean(axis=(1, 2, 3))
+    assert max(steps[80], steps[152]) <= np.percentile(steps, 99) * 1.2
+    assert [p.windows_done for p in seen if p.fraction == 0.0][-1] == 3
+    assert any(0 < p.fraction < 1 for p in seen)
+    assert not list((engine.base_dir / "output").rglob("*.png"))
+
+
+def test_the_same_task_gives_the_same_pixels(engine: RunningEngine, portrait: Path, tmp_path: Path) -> None:
+    """A segment that is sent twice comes out the same; another segment moves differently."""
+    short = {"frames": 81, "head": 81, "windows": (81,), "speech": (wav(START, 81),)}
+    first, _ = run(engine, task_of(portrait, **short), tmp_path / "a")
+    again, _ = run(engine, task_of(portrait, **short), tmp_path / "b")
+    other, _ = run(engine, task_of(portrait, **short, index=4), tmp_path / "c")
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_a_window_that_gives_too_few_frames_is_an_error(
+    engine: RunningEngine, portrait: Path, tmp_path: Path
+) -> None:
+    """Frames are counted: a graph that drops one never becomes a segment."""
+    task = task_of(portrait)
+    broken = load("image_single").text.replace('"length": 4096', '"length": 5')
+    recipe = Recipe(
+        "job",
+        type(task.recipe.workflow)("x.json", task.recipe.workflow.slots, broken),
+        "",
+        7,
+        4,
+        SIZE,
+        SIZE,
+        9,
+    )
+    with pytest.raises(GraphError, match="5 frames instead of 81"):
+        run(engine, task_of(portrait, recipe=recipe), tmp_path)
+    assert not (tmp_path / "segment").exists()
+
+
+def test_cancelling_stops_a_window_within_two_seconds(portrait: Path, tmp_path: Path) -> None:
+    """The engine is idle again soon after, and nothing half is left."""
+    settings = Settings(
+        engine="draft", scratch_dir=tmp_path, ports="18220-18239", draft_args="--draft-window-seconds 8"
+    )
+    cancelled = threading.Event()
+    with running_engine(choose_engine(settings), settings) as slow:
+        client = ComfyClient(slow.url)
+
+        def report(progress: SegmentProgress) -> None:
+            if progress.fraction > 0:
+                cancelled.set()
+
+        with pytest.raises(JobCancelled):
+            render_segment(
+                task_of(portrait),
+                client,
+                tmp_path / "segment",
+                report=report,
+                discard=lambda _: None,
+                cancelled=cancelled,
+                silent_after=20,
+            )
+        idle = threading.Event()
+        for _ in range(20):
+            if not client.queue().running:
+                break
+            idle.wait(0.1)
+        assert not client.queue().running
+    assert not (tmp_path / "segment").exists()
