@@ -23,6 +23,12 @@ OBJECT_STORE_BYTES = 512 << 20
 log = logging.getLogger(__name__)
 
 
+def check_gpus(gpus: int | None) -> None:
+    """Raises ``InvalidRequest`` for a number of GPUs that is none."""
+    if gpus is not None and gpus < 1:
+        raise InvalidRequest("gpus", f"{gpus} is not a number of GPUs; give 1 or more")
+
+
 @contextmanager
 def cluster(program: EngineProgram, settings: Settings, gpus: int | None) -> Iterator[int]:
     """Start or join Ray; yields the number of lanes, one for each GPU.
@@ -30,8 +36,7 @@ def cluster(program: EngineProgram, settings: Settings, gpus: int | None) -> Ite
     ``gpus`` limits them.  On a machine without GPUs, the draft engine gets ``gpus`` lanes on the CPU;
     so does ComfyUI where it runs with ``--cpu``.  Raises ``ConfigurationError`` when there is no lane.
     """
-    if gpus is not None and gpus < 1:
-        raise InvalidRequest("gpus", f"{gpus} is not a number of GPUs; give 1 or more")
+    check_gpus(gpus)
     # Read when Ray's processes start: no telemetry, engines at normal priority, everything on loopback.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")

@@ -8,13 +8,13 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
-from actors.cluster import cluster
+from actors.cluster import check_gpus, cluster
 from actors.pool import RendererPool
 from pipeline import ffmpeg
-from pipeline.engine import choose_engine
+from pipeline.engine import EngineProgram, choose_engine
 from pipeline.errors import InvalidRequest, StorageError
 from pipeline.job import JobDirectory, job_id, storage_errors
 from pipeline.plan import Plan
@@ -31,6 +31,17 @@ FREE_BYTES = 200 << 20
 log = logging.getLogger(__name__)
 
 
+@contextmanager
+def renderer_pool(program: EngineProgram, settings: Settings, gpus: int | None) -> Iterator[RendererPool]:
+    """Ray and a renderer on each of ``gpus`` GPUs (default: all); nothing of them is left afterwards."""
+    with cluster(program, settings, gpus) as lanes:
+        pool = RendererPool(lanes, program, settings)
+        try:
+            yield pool
+        finally:
+            pool.close()
+
+
 def render(
     request: RenderRequest,
     settings: Settings,
@@ -38,15 +49,18 @@ def render(
     *,
     gpus: int | None = None,
     job_dir: Path | None = None,
+    pool: RendererPool | None = None,
     on_progress: OnProgress,
     make_plan: Callable[[int, int], Plan] | None = None,
 ) -> RenderResult:
     """Render ``request`` into ``output`` (an mp4).
 
     Finished segments are kept beside the output until the video is there, so the same call after a
-    failure goes on with what is missing; with ``job_dir`` the job lives there, and stays.
+    failure goes on with what is missing; with ``job_dir`` the job lives there, and stays.  Renderers are
+    those of ``pool``, or are started for this job on ``gpus`` GPUs (default: all).
     Raises ``PipelineError``; KeyboardInterrupt leaves no process behind either.
     """
+    check_gpus(gpus)
     program = choose_engine(settings)
     if program.kind == "draft":
         log.warning("DRAFT ENGINE: this is a preview that moves the portrait, not the InfiniteTalk model")
@@ -58,14 +72,10 @@ def render(
     if job_dir is not None:
         _check_same_job(job, name)
 
-    @contextmanager
-    def renderers() -> Iterator[Renderers]:
-        with cluster(program, settings, 1 if not request.use_multi_gpu else gpus) as lanes:
-            pool = RendererPool(lanes, program, settings)
-            try:
-                yield pool
-            finally:
-                pool.close()
+    def renderers() -> AbstractContextManager[Renderers]:
+        if pool is not None:
+            return nullcontext(pool)
+        return renderer_pool(program, settings, gpus if request.use_multi_gpu else 1)
 
     log.info("job %s: engine %s, output %s", name, program.title, output, extra={"job": name})
     result = render_video(

@@ -79,6 +79,7 @@ class RendererPool:
         if self._renderers[lane] is lost:
             ray.kill(lost)
             self._renderers[lane] = self._spawn(lane)
+            self._starting[lane] = self._renderers[lane].start.remote()
 
     def progress(self) -> Sequence[SegmentProgress]:
         """What the busy renderers say; one that does not answer is left out."""

@@ -10,9 +10,10 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +27,7 @@ from pipeline.progress import JobProgress, SegmentState
 from pipeline.request import RenderRequest
 from pipeline.seam import SeamReport
 from pipeline.segment_files import SegmentFiles
+from pipeline.sound import make_track
 from pipeline.stitch import stitch
 from pipeline.timeline import FPS, seconds_of
 from pipeline.workflow import Workflow
@@ -112,29 +114,36 @@ def render_video(
     with job.locked():
         on_progress(JobProgress(job.name, "preparing"))
         job.write_json(job.path / "request.json", request.model_dump(mode="json"))
-        if (known := job.stored_plan()) and not _missing(known, job):
-            prepared, plan, used = prepare(request, job), known, {s.gpu for s in known.segments}
-        else:
-            with open_renderers() as renderers:
-                prepared = prepare(request, job)
-                clock.lap("prepare")
-                on_progress(JobProgress(job.name, "starting"))
-                infos = renderers.start()
-                _log_devices(infos)
-                clock.lap("start")
-                plan = known or _plan(request, prepared, len(infos), make_plan)
-                if known is None:
-                    job.write_json(job.plan, plan.to_json())
-                _log_plan(plan, job)
-                used = _render_missing(
-                    request, job, workflow, prepared, plan, renderers, len(infos), max_attempts, on_progress
-                )
-                clock.lap("render")
-        on_progress(JobProgress(job.name, "joining", 0, _states(plan, job, {}, {})))
-        files = [SegmentFiles.in_folder(job.segment(segment.index)) for segment in plan.segments]
+        prepared = prepare(request, job)
         with storage_errors(job.work):
             job.work.mkdir(exist_ok=True)
-        seams = stitch(plan, files, prepared.sound, target, job.work)
+        clock.lap("prepare")
+        with ThreadPoolExecutor(1, thread_name_prefix="sound") as background:
+            # The whole track is encoded while the GPUs render.
+            track = background.submit(
+                make_track, prepared.sound, prepared.total_frames, job.work / "sound.mp4"
+            )
+            if (known := job.stored_plan()) and not _missing(known, job):
+                plan, used = known, {segment.gpu for segment in known.segments}
+            else:
+                on_progress(JobProgress(job.name, "starting"))
+                with open_renderers() as renderers:
+                    infos = renderers.start()
+                    _log_devices(infos)
+                    clock.lap("start")
+                    plan = known or _plan(request, prepared, len(infos), make_plan)
+                    if known is None:
+                        job.write_json(job.plan, plan.to_json())
+                    _log_plan(plan, job)
+                    recipe = prepared.recipe(request, job.name, workflow, plan)
+                    task_for = partial(prepared.task, recipe, plan)
+                    used = _render_missing(
+                        job, plan, task_for, renderers, len(infos), max_attempts, on_progress
+                    )
+                    clock.lap("render")
+            on_progress(JobProgress(job.name, "joining", 0, _states(plan, job, {}, {})))
+            files = [SegmentFiles.in_folder(job.segment(segment.index)) for segment in plan.segments]
+            seams = stitch(plan, files, track.result(), target, job.work)
         clock.lap("join")
         result = RenderResult(
             job.name,
@@ -182,11 +191,9 @@ def _missing(plan: Plan, job: JobDirectory) -> list[Segment]:
 
 
 def _render_missing(
-    request: RenderRequest,
     job: JobDirectory,
-    workflow: Workflow,
-    prepared: Preparation,
     plan: Plan,
+    task_for: Callable[[Segment, int], SegmentTask],
     renderers: Renderers,
     lanes: int,
     max_attempts: int,
@@ -195,10 +202,6 @@ def _render_missing(
     """Render what is not there yet, storing each segment as it comes; the lanes that did something."""
     seconds: dict[int, tuple[float, ...]] = {}
     used: set[int] = set()
-    recipe = prepared.recipe(request, job.name, workflow, plan)
-
-    def task_for(segment: Segment, attempt: int) -> SegmentTask:
-        return prepared.task(recipe, plan, segment, attempt)
 
     def tick(on_lanes: dict[int, int]) -> None:
         running = {seen.index: seen for seen in renderers.progress()}

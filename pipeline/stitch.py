@@ -19,7 +19,6 @@ from pipeline.frames import check_video, read_stack, stream_header
 from pipeline.plan import Plan
 from pipeline.seam import WARM_UP, SeamReport, join_overlap
 from pipeline.segment_files import SegmentFiles
-from pipeline.sound import make_track
 
 log = logging.getLogger(__name__)
 
@@ -27,18 +26,18 @@ log = logging.getLogger(__name__)
 def stitch(
     plan: Plan,
     segments: Sequence[SegmentFiles],
-    sound: Path,
+    track: tuple[Path, int],
     target: Path,
     work: Path,
     *,
     warm_up: int = WARM_UP,
     workers: int | None = None,
 ) -> tuple[SeamReport, ...]:
-    """Join ``segments`` in the plan's overlaps, add the user's whole track, write an mp4 to ``target``.
+    """Join ``segments`` in the plan's overlaps, add the ``track`` (of ``sound.make_track``), write an mp4.
 
     ``target`` appears when its frames were counted by decoding.  ``work`` gets a temporary directory.
     ``workers`` seams are made at a time, by default one for each core, at most 4 (300 MB each at 480p).
-    Raises ``MediaError``, ``StorageError``, ``InvalidRequest`` (``sound``).
+    Raises ``MediaError``, ``StorageError``.
     """
     _check(plan, segments)
     starts = [segment.start for segment in plan.segments[1:]]
@@ -50,7 +49,6 @@ def stitch(
             with ThreadPoolExecutor(
                 workers or min(os.cpu_count() or 1, 4), thread_name_prefix="seam"
             ) as pool:
-                track = pool.submit(make_track, sound, plan.total_frames, folder / "sound.mp4")
                 seams = [
                     pool.submit(_seam, *joint, folder / f"seam-{number:05d}{ffmpeg.FINAL.suffix}", warm_up)
                     for number, joint in enumerate(joints)
@@ -58,12 +56,11 @@ def stitch(
                 ]
                 try:
                     reports = tuple(seam.result() for seam in seams)
-                    heard = track.result()
                 except BaseException:
                     pool.shutdown(wait=True, cancel_futures=True)
                     raise
             parts = _parts(segments, plan.overlaps, folder)
-            _join(parts, heard, partial, folder)
+            _join(parts, track, partial, folder)
             check_video(partial, plan.total_frames)
             partial.replace(target)
     except OSError as error:
@@ -105,7 +102,7 @@ def _parts(segments: Sequence[SegmentFiles], overlaps: Sequence[int], folder: Pa
     return parts
 
 
-def _join(parts: Sequence[tuple[Path, int]], sound: tuple[Path, int], target: Path, folder: Path) -> None:
+def _join(parts: Sequence[tuple[Path, int]], track: tuple[Path, int], target: Path, folder: Path) -> None:
     """Copy; or, where other encoders were at work, encode all once more.
 
     A file with several parameter sets is played by ffmpeg, but not by every player.
@@ -115,4 +112,4 @@ def _join(parts: Sequence[tuple[Path, int]], sound: tuple[Path, int], target: Pa
         whole = folder / f"whole{ffmpeg.FINAL.suffix}"
         ffmpeg.encode_again(parts, whole, folder)
         parts = [(whole, sum(frames for _, frames in parts))]
-    ffmpeg.join(parts, sound, target, folder)
+    ffmpeg.join(parts, track, target, folder)

@@ -7,6 +7,7 @@ import logging
 import math
 import resource
 import subprocess
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from pipeline.errors import InvalidRequest, MediaError, StorageError
 from pipeline.ffmpeg import FINAL, Encoding
 from pipeline.frames import Frame, check_video, read_frames
 from pipeline.plan import Plan, Segment
+from pipeline.seam import SeamReport
 from pipeline.segment_files import SegmentFiles, SegmentWriter
+from pipeline.sound import make_track
 from pipeline.speech import prepare_speech
 from pipeline.stitch import stitch
 
@@ -98,6 +101,15 @@ def onset(sound: npt.NDArray[np.float32], rate: int, near: float) -> float:
     return (max(start, 0) + best) / rate
 
 
+def join(
+    plan: Plan, segments: list[SegmentFiles], sound: Path, target: Path, work: Path
+) -> tuple[SeamReport, ...]:
+    """Make the track and join, as a job does."""
+    with tempfile.TemporaryDirectory() as folder:
+        track = make_track(sound, plan.total_frames, Path(folder) / "track.mp4")
+        return stitch(plan, segments, track, target, work)
+
+
 @pytest.fixture(scope="module")
 def three(tmp_path_factory: pytest.TempPathFactory) -> list[SegmentFiles]:
     return rendered(tmp_path_factory.mktemp("three"), THREE)
@@ -111,7 +123,7 @@ def wav(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def joined(three: list[SegmentFiles], wav: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("joined")
-    reports = stitch(plan_of(THREE), three, wav, folder / "talk.mp4", folder)
+    reports = join(plan_of(THREE), three, wav, folder / "talk.mp4", folder)
     assert [(report.frame, report.method) for report in reports] == [(34 + 12, "cut"), (74 + 12, "cut")]
     assert [path.name for path in folder.iterdir()] == ["talk.mp4"]
     return folder / "talk.mp4"
@@ -174,7 +186,7 @@ def test_sound_is_in_step_with_the_picture(
     """Click and flash are less than 1 ms apart, first and last, whatever the sound came in."""
     sound = save(tmp_path / name, clicks(6, rate), rate, codec)
     target = tmp_path / "talk.mp4"
-    stitch(plan_of(THREE), three, sound, target, tmp_path)
+    join(plan_of(THREE), three, sound, target, tmp_path)
     flashes = [t for t, frame in enumerate(read_frames(target)) if frame.mean() > 240]
     assert flashes == list(FLASHES)
     samples, out_rate, out_codec = heard(target)
@@ -187,7 +199,7 @@ def test_sound_is_in_step_with_the_picture(
 def test_aac_and_mp3_are_copied(three: list[SegmentFiles], tmp_path: Path) -> None:
     """What mp4 players take goes in packet by packet as it is."""
     sound = save(tmp_path / "s.m4a", clicks(6, 44_100), 44_100, "aac")
-    stitch(plan_of(THREE), three, sound, tmp_path / "talk.mp4", tmp_path)
+    join(plan_of(THREE), three, sound, tmp_path / "talk.mp4", tmp_path)
 
     def packets(path: Path) -> list[bytes]:
         with av.open(str(path)) as container:
@@ -199,7 +211,7 @@ def test_aac_and_mp3_are_copied(three: list[SegmentFiles], tmp_path: Path) -> No
 def test_sound_keeps_its_own_length(three: list[SegmentFiles], tmp_path: Path) -> None:
     """A track that ends within the last frame is neither cut nor padded to the picture."""
     sound = save(tmp_path / "s.wav", clicks(6.015, 48_000), 48_000)
-    stitch(plan_of(THREE), three, sound, tmp_path / "talk.mp4", tmp_path)
+    join(plan_of(THREE), three, sound, tmp_path / "talk.mp4", tmp_path)
     check_video(tmp_path / "talk.mp4", 150)
     samples, rate, _ = heard(tmp_path / "talk.mp4")
     assert 0 <= len(samples) / rate - 6.015 < 1024 / 48_000
@@ -211,7 +223,7 @@ def test_a_capped_video_ends_the_sound(
 ) -> None:
     """With fewer frames than the sound has, the sound ends with the picture."""
     sound = save(tmp_path / name, clicks(9, 48_000), 48_000, codec)
-    stitch(plan_of(THREE), three, sound, tmp_path / "talk.mp4", tmp_path)
+    join(plan_of(THREE), three, sound, tmp_path / "talk.mp4", tmp_path)
     check_video(tmp_path / "talk.mp4", 150)
     with av.open(str(tmp_path / "talk.mp4")) as container:
         stream = container.streams.audio[0]
@@ -223,7 +235,7 @@ def test_mono_stays_mono_and_surround_stays(three: list[SegmentFiles], tmp_path:
     """Channels are the user's."""
     for channels in (1, 6):
         sound = save(tmp_path / f"{channels}.wav", clicks(6, 48_000, channels), 48_000)
-        stitch(plan_of(THREE), three, sound, tmp_path / "talk.mp4", tmp_path)
+        join(plan_of(THREE), three, sound, tmp_path / "talk.mp4", tmp_path)
         with av.open(str(tmp_path / "talk.mp4")) as container:
             assert len(container.streams.audio[0].layout.channels) == channels
 
@@ -236,7 +248,7 @@ def test_a_late_track_is_heard_when_the_model_heard_it(three: list[SegmentFiles]
     subprocess.run([ffmpeg.binary(), "-v", "error", *picture, *late], check=True)
     with av.open(str(sound)) as container:
         assert (container.streams.audio[0].start_time or 0) > 20_000
-    stitch(plan_of(THREE), three, sound, tmp_path / "talk.mp4", tmp_path)
+    join(plan_of(THREE), three, sound, tmp_path / "talk.mp4", tmp_path)
     out, rate, _ = heard(tmp_path / "talk.mp4")
     model, model_rate, _ = heard(prepare_speech(sound, tmp_path / "speech.wav").path)
     assert onset(out, rate, 66 / 25) == pytest.approx(onset(model, model_rate, 66 / 25), abs=0.001)
@@ -248,7 +260,7 @@ def test_odd_plans(tmp_path: Path, spans: Spans) -> None:
     """One segment, a body without frames, one frame, overlaps shorter than the warm-up."""
     total = spans[-1][1]
     sound = save(tmp_path / "s.wav", clicks(total / 25, 16_000), 16_000)
-    reports = stitch(plan_of(spans), rendered(tmp_path, spans), sound, tmp_path / "talk.mp4", tmp_path)
+    reports = join(plan_of(spans), rendered(tmp_path, spans), sound, tmp_path / "talk.mp4", tmp_path)
     assert len(reports) == len(spans) - 1
     check_video(tmp_path / "talk.mp4", total)
 
@@ -257,7 +269,7 @@ def test_any_path_works(three: list[SegmentFiles], wav: Path, tmp_path: Path) ->
     """Quotes, spaces, percent signs and a leading dash in names are only names."""
     folder = tmp_path / 'it\'s 100% "odd":\nname'
     folder.mkdir()
-    stitch(plan_of(THREE), three, wav, folder / "-talk ü.mp4", folder)
+    join(plan_of(THREE), three, wav, folder / "-talk ü.mp4", folder)
     check_video(folder / "-talk ü.mp4", 150)
 
 
@@ -270,7 +282,7 @@ def test_other_encoders_are_noticed(
         patch.setitem(segment_files.PARTS, "body", other)
         files = rendered(tmp_path / "other", THREE)
     with caplog.at_level(logging.WARNING):
-        stitch(plan_of(THREE), files, wav, tmp_path / "talk.mp4", tmp_path)
+        join(plan_of(THREE), files, wav, tmp_path / "talk.mp4", tmp_path)
     assert "different encoders" in caplog.text
     check_video(tmp_path / "talk.mp4", 150)
     with av.open(str(tmp_path / "talk.mp4")) as container:
@@ -294,7 +306,7 @@ def no_sound(files: list[SegmentFiles], tmp_path: Path) -> Path:
 
 def wrong_overlap(files: list[SegmentFiles], tmp_path: Path) -> Path:
     files[1] = files[0]
-    return tmp_path / "s.wav"
+    return save(tmp_path / "s.wav", clicks(6, 44_100), 44_100)
 
 
 @pytest.mark.parametrize(
@@ -310,7 +322,7 @@ def test_failures_leave_the_target_alone(
     (out := tmp_path / "out").mkdir()
     (out / "talk.mp4").write_text("older")
     with pytest.raises(error):
-        stitch(plan_of(THREE), files, sound, out / "talk.mp4", out)
+        join(plan_of(THREE), files, sound, out / "talk.mp4", out)
     assert [(path.name, path.read_text()) for path in out.iterdir()] == [("talk.mp4", "older")]
 
 
@@ -320,7 +332,7 @@ def test_a_full_disk_leaves_nothing(three: list[SegmentFiles], wav: Path, tmp_pa
     resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, before[1]))
     try:
         with pytest.raises(StorageError):
-            stitch(plan_of(THREE), three, wav, tmp_path / "talk.mp4", tmp_path)
+            join(plan_of(THREE), three, wav, tmp_path / "talk.mp4", tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert list(tmp_path.iterdir()) == []
