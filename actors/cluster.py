@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import ray
 
-from pipeline.engine import EngineProgram
+from pipeline.engine import engine_kind
 from pipeline.errors import ConfigurationError, InvalidRequest
 from pipeline.settings import Settings
 
@@ -30,7 +30,7 @@ def check_gpus(gpus: int | None) -> None:
 
 
 @contextmanager
-def cluster(program: EngineProgram, settings: Settings, gpus: int | None) -> Iterator[int]:
+def cluster(settings: Settings, gpus: int | None) -> Iterator[int]:
     """Start or join Ray; yields the number of lanes, one for each GPU.
 
     ``gpus`` limits them.  On a machine without GPUs, the draft engine gets ``gpus`` lanes on the CPU;
@@ -40,7 +40,7 @@ def cluster(program: EngineProgram, settings: Settings, gpus: int | None) -> Ite
     # Read when Ray's processes start: no telemetry, engines at normal priority, everything on loopback.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")
-    on_cpu = program.kind == "draft" or "--cpu" in program.command
+    on_cpu = engine_kind(settings) == "draft" or "--cpu" in settings.comfyui_flags
     if settings.ray_address == "local":
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         # After a kill -9 of the driver, two agents of Ray's wait so long for the dead GCS (default: 60).

@@ -14,7 +14,7 @@ from pathlib import Path
 from actors.cluster import check_gpus, cluster
 from actors.pool import RendererPool
 from pipeline import ffmpeg
-from pipeline.engine import EngineProgram, choose_engine
+from pipeline.engine import choose_engine, engine_kind
 from pipeline.errors import InvalidRequest, StorageError
 from pipeline.job import JobDirectory, job_id, storage_errors
 from pipeline.plan import Plan
@@ -32,10 +32,10 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def renderer_pool(program: EngineProgram, settings: Settings, gpus: int | None) -> Iterator[RendererPool]:
+def renderer_pool(settings: Settings, gpus: int | None) -> Iterator[RendererPool]:
     """Ray and a renderer on each of ``gpus`` GPUs (default: all); nothing of them is left afterwards."""
-    with cluster(program, settings, gpus) as lanes:
-        pool = RendererPool(lanes, program, settings)
+    with cluster(settings, gpus) as lanes:
+        pool = RendererPool(lanes, settings)
         try:
             yield pool
         finally:
@@ -61,12 +61,14 @@ def render(
     Raises ``PipelineError``; KeyboardInterrupt leaves no process behind either.
     """
     check_gpus(gpus)
-    program = choose_engine(settings)
-    if program.kind == "draft":
+    engine = engine_kind(settings)
+    if settings.ray_address == "local":
+        choose_engine(settings)  # what is wrong with it is told before anything starts
+    if engine == "draft":
         log.warning("DRAFT ENGINE: this is a preview that moves the portrait, not the InfiniteTalk model")
     workflow = load(WORKFLOW)
     ffmpeg.binary()  # none: an error now, not after an hour of rendering
-    name = job_id(request, program.kind, workflow.text)
+    name = job_id(request, engine, workflow.text)
     _check_output(output)
     job = JobDirectory(job_dir or output.parent / ".infinitetalk" / name)
     if job_dir is not None:
@@ -75,13 +77,13 @@ def render(
     def renderers() -> AbstractContextManager[Renderers]:
         if pool is not None:
             return nullcontext(pool)
-        return renderer_pool(program, settings, gpus if request.use_multi_gpu else 1)
+        return renderer_pool(settings, gpus if request.use_multi_gpu else 1)
 
-    log.info("job %s: engine %s, output %s", name, program.title, output, extra={"job": name})
+    log.info("job %s into %s", name, output, extra={"job": name, "engine": engine})
     result = render_video(
         request,
         job,
-        program,
+        engine,
         workflow,
         renderers,
         output,

@@ -15,7 +15,6 @@ import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
 
 from actors.renderer import RendererActor
-from pipeline.engine import EngineProgram
 from pipeline.errors import EngineError, PipelineError, RendererLost
 from pipeline.messages import RenderedSegment, RendererInfo, SegmentProgress, SegmentTask
 from pipeline.settings import Settings
@@ -30,15 +29,15 @@ log = logging.getLogger(__name__)
 class RendererPool:
     """Renderers of one job; ``close`` leaves no process behind.  Implements ``pipeline.render.Renderers``."""
 
-    def __init__(self, lanes: int, program: EngineProgram, settings: Settings) -> None:
-        self._program, self._settings = program, settings
+    def __init__(self, lanes: int, settings: Settings) -> None:
+        self._settings = settings
         self._renderers: list[Any] = [self._spawn(lane) for lane in range(lanes)]
         self._starting = [renderer.start.remote() for renderer in self._renderers]
         self._work: dict[int, tuple[int, Future[RenderedSegment]]] = {}  # by lane: segment, its future
         self._settling = ThreadPoolExecutor(1, thread_name_prefix="settling")
 
     def _spawn(self, lane: int) -> Any:
-        return RendererActor.remote(lane, self._program, self._settings)
+        return RendererActor.remote(lane, self._settings)
 
     def start(self) -> Sequence[RendererInfo]:
         """Wait until every engine answers; raises what the first failing one said."""

@@ -19,7 +19,14 @@ import ray
 
 from pipeline.comfy_client import ComfyClient
 from pipeline.devices import this_cpu, visible_gpus
-from pipeline.engine import EngineProgram, RunningEngine, clear_inputs, discard_outputs, running_engine
+from pipeline.engine import (
+    RunningEngine,
+    choose_engine,
+    clear_inputs,
+    discard_outputs,
+    engine_kind,
+    running_engine,
+)
 from pipeline.errors import EngineError, MediaError, StorageError
 from pipeline.job import storage_errors
 from pipeline.messages import RenderedSegment, RendererInfo, SegmentProgress, SegmentTask
@@ -36,8 +43,8 @@ class Renderer:
     The constructor only stores: whatever it raised would reach callers as a bare ActorDiedError.
     """
 
-    def __init__(self, lane: int, program: EngineProgram, settings: Settings) -> None:
-        self._lane, self._program, self._settings = lane, program, settings
+    def __init__(self, lane: int, settings: Settings) -> None:
+        self._lane, self._settings = lane, settings
         self._node = socket.gethostname()
         self._open = ExitStack()
         self._engine: RunningEngine | None = None
@@ -53,12 +60,12 @@ class Renderer:
         """
         client, engine = self._started()
         device = this_cpu()
-        if self._program.kind == "comfyui" and (gpus := visible_gpus()):
+        if engine_kind(self._settings) == "comfyui" and (gpus := visible_gpus()):
             device = gpus[0]
         return RendererInfo(
             lane=self._lane,
             node=self._node,
-            engine=self._program.kind,
+            engine=engine_kind(self._settings),
             engine_version=client.version(),
             port=engine.port,
             pid=os.getpid(),
@@ -70,7 +77,8 @@ class Renderer:
 
     def _started(self) -> tuple[ComfyClient, RunningEngine]:
         if self._engine is None or self._client is None:
-            self._engine = self._open.enter_context(running_engine(self._program, self._settings))
+            program = choose_engine(self._settings)  # on this node: paths are the node's own
+            self._engine = self._open.enter_context(running_engine(program, self._settings))
             self._client = ComfyClient(self._engine.url)
         return self._client, self._engine
 

@@ -60,19 +60,25 @@ class EngineProgram:
         return "ComfyUI" if self.kind == "comfyui" else "draft engine (a preview, not the model)"
 
 
-def choose_engine(settings: Settings) -> EngineProgram:
-    """The engine that the settings ask for.
+def engine_kind(settings: Settings) -> EngineKind:
+    """The kind of engine that the settings ask for: ``auto`` is ComfyUI where a checkout is configured."""
+    if settings.engine != "auto":
+        return settings.engine
+    return "draft" if settings.comfyui_dir is None else "comfyui"
 
-    ``auto`` is ComfyUI where a checkout is configured, else the draft engine.  A configured but unusable
-    ComfyUI is a ``ConfigurationError``, never a silent draft.
+
+def choose_engine(settings: Settings) -> EngineProgram:
+    """The program on this machine that the settings ask for.
+
+    A configured but unusable ComfyUI is a ``ConfigurationError``, never a silent draft.
     """
-    if settings.engine == "comfyui" and settings.comfyui_dir is None:
+    if engine_kind(settings) == "draft":
+        command = (sys.executable, "-m", "pipeline.draft", *settings.draft_flags)
+        return EngineProgram("draft", command, Path(__file__).resolve().parent.parent, None)
+    if settings.comfyui_dir is None:
         raise ConfigurationError(
             "INFINITETALK_ENGINE=comfyui needs INFINITETALK_COMFYUI_DIR, the folder of a ComfyUI checkout"
         )
-    if settings.engine == "draft" or settings.comfyui_dir is None:
-        command = (sys.executable, "-m", "pipeline.draft", *settings.draft_flags)
-        return EngineProgram("draft", command, Path(__file__).resolve().parent.parent, None)
     checkout = settings.comfyui_dir.expanduser().resolve()
     if not (checkout / "main.py").is_file():
         raise ConfigurationError(

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.engine import EngineProgram
+from pipeline.engine import EngineKind
 from pipeline.errors import PipelineError, RendererLost, RenderFailed, StorageError
 from pipeline.job import JobDirectory, storage_errors
 from pipeline.messages import RenderedSegment, RendererInfo, SegmentProgress, SegmentTask
@@ -96,7 +96,7 @@ class RenderResult:
 def render_video(
     request: RenderRequest,
     job: JobDirectory,
-    program: EngineProgram,
+    engine: EngineKind,
     workflow: Workflow,
     open_renderers: Callable[[], AbstractContextManager[Renderers]],
     target: Path,
@@ -148,7 +148,7 @@ def render_video(
         result = RenderResult(
             job.name,
             str(target),
-            program.kind,
+            engine,
             len(used),
             len(plan.segments),
             plan.total_frames,
@@ -164,7 +164,7 @@ def render_video(
             len(used),
             extra={
                 "job": job.name,
-                "engine": program.kind,
+                "engine": engine,
                 "frames": plan.total_frames,
                 "output": str(target),
             },

@@ -1,0 +1,149 @@
+"""Renderers as real Ray actors: lost ones are replaced, and no process outlives the way its owner went."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from actors.pool import RendererPool
+from pipeline.errors import EngineError, GraphError, JobCancelled, RendererLost
+from pipeline.segment_files import SegmentFiles
+from pipeline.settings import Settings
+from pipeline.workflow import load
+from tests.test_segment import SIZE, START, task_of, wav
+
+WaitGone = Callable[[Iterable[int], float], list[int]]
+SHORT = {"frames": 81, "head": 81, "windows": (81,), "speech": (wav(START, 81),)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray() -> Iterator[None]:
+    ray.init(
+        address="local",
+        num_cpus=2,
+        num_gpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=150 << 20,
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def open_pool(tmp_path: Path) -> Iterator[Callable[..., RendererPool]]:
+    pools: list[RendererPool] = []
+
+    def start(lanes: int, draft_args: str = "", **more: object) -> RendererPool:
+        settings = Settings.model_validate(
+            {
+                "engine": "draft",
+                "draft_args": draft_args,
+                "ports": "18240-18259",
+                "scratch_dir": tmp_path,
+                **more,
+            }
+        )
+        pools.append(RendererPool(lanes, settings))
+        return pools[-1]
+
+    yield start
+    for pool in pools:
+        pool.close()
+
+
+def test_each_renderer_owns_an_engine_of_its_own(
+    open_pool: Callable[..., RendererPool], portrait: Path, tmp_path: Path, wait_gone: WaitGone
+) -> None:
+    """Two lanes, two ports; a segment comes back as files; closing leaves no process and no folder."""
+    pool = open_pool(2)
+    infos = pool.start()
+    assert [info.lane for info in infos] == [0, 1]
+    assert len({info.port for info in infos}) == 2
+    rendered = pool.submit(task_of(portrait, **SHORT), 1).result(60)
+    assert (rendered.index, rendered.lane, len(rendered.window_seconds)) == (3, 1, 1)
+    stored = SegmentFiles.store(tmp_path / "segment", rendered.files)
+    assert (stored.frames["head"], stored.width) == (81, SIZE)
+    pool.close()
+    pids = [pid for info in infos for pid in (info.pid, info.guard_pid, info.engine_pid)]
+    assert wait_gone(pids, 10) == []
+    assert not list(tmp_path.glob("infinitetalk-engine-*"))
+
+
+def test_a_killed_renderer_takes_its_engine_along_and_is_replaced(
+    open_pool: Callable[..., RendererPool], portrait: Path, tmp_path: Path, wait_gone: WaitGone
+) -> None:
+    """kill -9 of the actor in a window: RendererLost, nothing left, and the lane works again."""
+    pool = open_pool(1, "--draft-window-seconds 3")
+    (info,) = pool.start()
+    work = pool.submit(task_of(portrait, **SHORT), 0)
+    while not pool.progress():
+        assert not work.done()
+    os.kill(info.pid, signal.SIGKILL)
+    with pytest.raises(RendererLost, match="the renderer of GPU 0 is gone"):
+        work.result(30)
+    assert wait_gone([info.pid, info.engine_pid, info.guard_pid], 10) == []
+    (fresh,) = pool.start()
+    assert fresh.pid != info.pid
+    assert pool.submit(task_of(portrait, **SHORT), 0).result(60).index == 3
+    assert len(list(tmp_path.glob("infinitetalk-engine-*"))) == 1
+
+
+def test_a_killed_engine_is_told_with_its_log(
+    open_pool: Callable[..., RendererPool], portrait: Path, wait_gone: WaitGone
+) -> None:
+    """kill -9 of the engine: the reason names pid and exit code and carries the log; the lane is replaced."""
+    pool = open_pool(1, "--draft-window-seconds 30")
+    (info,) = pool.start()
+    work = pool.submit(task_of(portrait, **SHORT), 0)
+    while not pool.progress():
+        assert not work.done()
+    os.kill(info.engine_pid, signal.SIGKILL)
+    with pytest.raises(RendererLost) as lost:
+        work.result(30)
+    assert f"the engine (pid {info.engine_pid}) died with exit code -9" in lost.value.reason
+    assert "the end of its log:\n    | DRAFT ENGINE" in lost.value.reason
+    assert wait_gone([info.pid, info.guard_pid], 10) == []
+    assert pool.start()[0].engine_pid != info.engine_pid
+
+
+def test_errors_arrive_as_our_own(open_pool: Callable[..., RendererPool], portrait: Path) -> None:
+    """A failing graph is a GraphError with node and words, and costs no renderer."""
+    pool = open_pool(1, "--draft-fault oom@1")
+    (info,) = pool.start()
+    with pytest.raises(GraphError, match=r"KSampler.*out of memory"):
+        pool.submit(task_of(portrait, **SHORT), 0).result(60)
+    assert pool.submit(task_of(portrait, **SHORT), 0).result(60).index == 3
+    assert pool.start()[0].pid == info.pid
+
+
+def test_an_engine_that_can_not_start_is_the_pools_error(open_pool: Callable[..., RendererPool]) -> None:
+    """start() raises what the engine's end was, not a bare actor error."""
+    with pytest.raises(EngineError, match="exit code 1"):
+        open_pool(1, "--draft-fault die-at-start").start()
+
+
+def test_a_hung_engine_does_not_hold_up_cancelling(
+    open_pool: Callable[..., RendererPool], portrait: Path, wait_gone: WaitGone
+) -> None:
+    """An engine that ignores interrupts: cancel returns, the work ends as cancelled, close kills it."""
+    pool = open_pool(1, "--draft-fault hang@1")
+    (info,) = pool.start()
+    work = pool.submit(task_of(portrait, **SHORT), 0)
+    while not pool.progress():
+        assert not work.done()
+    pool.cancel()
+    with pytest.raises(JobCancelled):
+        work.result(10)
+    pool.close()
+    assert wait_gone([info.pid, info.engine_pid, info.guard_pid], 10) == []
+
+
+def test_a_workflow_travels_with_the_task() -> None:
+    """Tasks pickle: what a renderer needs is in the task, not on the driver's disk."""
+    assert ray.get(ray.put(load("image_single"))) == load("image_single")
