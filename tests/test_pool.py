@@ -147,3 +147,30 @@ def test_a_hung_engine_does_not_hold_up_cancelling(
 def test_a_workflow_travels_with_the_task() -> None:
     """Tasks pickle: what a renderer needs is in the task, not on the driver's disk."""
     assert ray.get(ray.put(load("image_single"))) == load("image_single")
+
+
+def test_memory_does_not_grow_with_a_segment(open_pool: Callable[..., RendererPool], portrait: Path) -> None:
+    """A segment of 20 windows takes no more memory than one of 2, in the renderer and in its engine."""
+    pool = open_pool(1)
+    (info,) = pool.start()
+    peaks = []
+    for windows in (2, 20):
+        frames = 9 + 72 * windows
+        starts = [START + 72 * window for window in range(windows)]
+        long = {
+            "frames": frames,
+            "head": 26,
+            "windows": (81,) * windows,
+            "speech": tuple(wav(start, 81) for start in starts),
+        }
+        rendered = pool.submit(task_of(portrait, **long), 0).result(120)
+        assert len(rendered.window_seconds) == windows
+        peaks.append([peak_memory(pid) for pid in (info.pid, info.engine_pid)])
+    for few, many in zip(*peaks, strict=True):
+        assert many < few + (10 << 20), peaks  # the 1,296 frames more are 16 MB
+
+
+def peak_memory(pid: int) -> int:
+    """Bytes that a process has held at most."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
