@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from actors import command_render
+from actors import command_comfyui, command_doctor, command_models, command_render, command_seams
 from pipeline.errors import (
     ConfigurationError,
     InvalidRequest,
@@ -30,7 +30,7 @@ EXIT_CODES: dict[type[PipelineError], int] = {
     JobCancelled: EXIT_CANCELLED,
     PipelineError: EXIT_FAILED,
 }
-COMMANDS = (command_render,)
+COMMANDS = (command_render, command_seams, command_doctor, command_models, command_comfyui)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,16 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code: int = options.run(options)
     except PipelineError as error:
-        return _failed(error, as_json=options.json)
+        return _failed(error, options)
     return code
 
 
-def _failed(error: PipelineError, *, as_json: bool) -> int:
-    if as_json:
+def _failed(error: PipelineError, options: argparse.Namespace) -> int:
+    if getattr(options, "json", False):
         print(json.dumps({"success": False, "error": type(error).__name__, "message": str(error)}))
     print(f"infinitetalk: {error}", file=sys.stderr)
-    if not isinstance(error, InvalidRequest | ConfigurationError):
-        print("finished segments are kept; the same command goes on with what is missing", file=sys.stderr)
     return next(EXIT_CODES[kind] for kind in type(error).__mro__ if kind in EXIT_CODES)
 
 

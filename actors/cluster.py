@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 
@@ -20,6 +24,8 @@ DEFAULT_DRAFT_LANES = 2
 OBJECT_STORE_BYTES = 512 << 20
 """Segments pass through one at a time; a local Ray would reserve a third of the memory otherwise."""
 
+CONNECT_SECONDS = 10.0
+
 log = logging.getLogger(__name__)
 
 
@@ -27,6 +33,46 @@ def check_gpus(gpus: int | None) -> None:
     """Raises ``InvalidRequest`` for a number of GPUs that is none."""
     if gpus is not None and gpus < 1:
         raise InvalidRequest("gpus", f"{gpus} is not a number of GPUs; give 1 or more")
+
+
+def _init(address: str, options: dict[str, Any], *, hide_gpus: bool) -> None:
+    """``ray.init``, with its errors as ours and the signal handlers as they were.
+
+    ``hide_gpus``: lanes on the CPU are not to be counted against CUDA_VISIBLE_DEVICES.
+    """
+    _check_reachable(address)
+    hidden = os.environ.pop("CUDA_VISIBLE_DEVICES", None) if hide_gpus else None
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
+    except Exception as error:
+        ray.shutdown()
+        words = " ".join(str(error).split())[:300]
+        what = "Ray did not start" if address == "local" else f"can't join Ray at {address}"
+        remedy = (
+            "the machine may be too busy or too full (memory, /dev/shm, disk); try again"
+            if address == "local"
+            else "is INFINITETALK_RAY_ADDRESS right, and is Ray of the same version running there?"
+        )
+        raise ConfigurationError(f"{what}: {words}; {remedy}") from error
+    finally:
+        if hidden is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = hidden
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # ray.init puts its own in its place
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself looks for a head that is not there for minutes."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdecimal():
+        return  # "local", "auto"
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ConfigurationError(
+            f"can't join Ray at {address}: {error.strerror or error}; is INFINITETALK_RAY_ADDRESS right?"
+        ) from None
 
 
 @contextmanager
@@ -37,27 +83,21 @@ def cluster(settings: Settings, gpus: int | None) -> Iterator[int]:
     so does ComfyUI where it runs with ``--cpu``.  Raises ``ConfigurationError`` when there is no lane.
     """
     check_gpus(gpus)
-    # Read when Ray's processes start: no telemetry, engines at normal priority, everything on loopback.
+    # Read when Ray's processes start: no telemetry, engines at normal priority.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")
     on_cpu = engine_kind(settings) == "draft" or "--cpu" in settings.comfyui_flags
     if settings.ray_address == "local":
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         # After a kill -9 of the driver, two agents of Ray's wait so long for the dead GCS (default: 60).
         os.environ.setdefault("RAY_gcs_server_request_timeout_seconds", "20")
-        ray.init(
-            address="local",
-            num_gpus=(gpus or DEFAULT_DRAFT_LANES) if on_cpu else None,
-            include_dashboard=False,
-            log_to_driver=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            logging_level=logging.ERROR,
-        )
+        options: dict[str, Any] = {
+            "num_gpus": (gpus or DEFAULT_DRAFT_LANES) if on_cpu else None,
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE_BYTES,
+        }
     else:
-        try:
-            ray.init(address=settings.ray_address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError) as error:
-            raise ConfigurationError(f"INFINITETALK_RAY_ADDRESS={settings.ray_address}: {error}") from None
+        options = {}
+    _init(settings.ray_address, options, hide_gpus=on_cpu and settings.ray_address == "local")
     try:
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         found = int(resources.get("GPU", 0))

@@ -8,13 +8,14 @@ import logging
 import signal
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from actors.driver import render
 from actors.terminal import progress_display
 from pipeline.errors import JobCancelled
-from pipeline.request import DEFAULT_PROMPT, RenderRequest
+from pipeline.request import DEFAULT_PROMPT, Aspect, AudioOrder, Preset, RenderRequest, SeamMethod, SizeName
 from pipeline.settings import Settings
+from pipeline.timeline import FPS
 
 log = logging.getLogger(__name__)
 
@@ -32,15 +33,56 @@ def add_command(commands: Any) -> None:
     picture.add_argument(
         "--prompt", default=DEFAULT_PROMPT, help="what the model is told (default: %(default)r)"
     )
+    picture.add_argument("--negative-prompt", default="", metavar="TEXT", help="not read at cfg 1")
+    second = command.add_argument_group("second speaker")
+    second.add_argument("--audio-2", type=Path, metavar="FILE", help="the speech of a second person")
+    second.add_argument(
+        "--audio-order",
+        choices=get_args(AudioOrder),
+        help="both start at once (default), or one after the other",
+    )
+    for number in (1, 2):
+        second.add_argument(
+            f"--mask-{number}", type=Path, metavar="FILE", help=f"a picture, white where speaker {number} is"
+        )
+        second.add_argument(
+            f"--box-{number}",
+            type=_box,
+            metavar="X0,Y0,X1,Y1",
+            help=f"or speaker {number} as a box in pixels (default: {('left', 'right')[number - 1]} half)",
+        )
     output = command.add_argument_group("output")
     output.add_argument("-o", "--output", type=Path, metavar="FILE", required=True, help="the mp4 to write")
+    output.add_argument("--size", choices=get_args(SizeName), help="so many pixels (default: 480p)")
+    output.add_argument("--aspect", choices=get_args(Aspect), help="default: the picture's shape")
     output.add_argument("--width", type=int, metavar="PIXELS", help="rounded to a multiple of 16")
     output.add_argument(
         "--height", type=int, metavar="PIXELS", help="default: the picture's shape at about 832x480"
     )
     output.add_argument("--max-frames", type=int, metavar="N", help="at most N frames, 25 a second")
+    output.add_argument("--audio-start", type=float, metavar="SECONDS", default=0, help="begin there")
+    output.add_argument("--audio-end", type=float, metavar="SECONDS", help="and end there (default: its end)")
+    output.add_argument(
+        "--fps", type=int, metavar="N", default=FPS, help="by repeating or leaving out frames (default: 25)"
+    )
+    output.add_argument(
+        "--seam", choices=get_args(SeamMethod), default="morph", help="how segments are joined"
+    )
     output.add_argument("--seed", type=int, default=0, help="another seed, another take (default: 0)")
-    output.add_argument("--steps", type=int, metavar="N", help="sampler steps (default: the workflow's)")
+    model = command.add_argument_group("model")
+    model.add_argument(
+        "--preset",
+        choices=get_args(Preset),
+        default="fast",
+        help="6 or 8 sampler steps (default: %(default)s)",
+    )
+    model.add_argument("--steps", type=int, metavar="N", help="another number of steps")
+    model.add_argument("--shift", type=float, metavar="X", help="of the noise schedule (default: 8)")
+    model.add_argument(
+        "--audio-scale", type=float, metavar="X", help="how much the speech moves the face (default: 1)"
+    )
+    model.add_argument("--lora", metavar="FILE", help="another few-step LoRA of ComfyUI's loras folder")
+    model.add_argument("--lora-strength", type=float, metavar="X", help="(default: 1)")
     machine = command.add_argument_group("machine")
     machine.add_argument("--gpus", type=int, metavar="N", help="use N GPUs (default: all; 2 draft renderers)")
     machine.add_argument("--no-multi-gpu", action="store_true", help="render on one GPU")
@@ -54,20 +96,39 @@ def add_command(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Render; raises ``PipelineError``, ``JobCancelled`` for Ctrl-C and SIGTERM."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     with progress_display(options.quiet) as on_progress:
         try:
             request = RenderRequest.checked(
                 image=options.image,
                 video=options.video,
                 audio=options.audio,
+                audio_2=options.audio_2,
+                audio_order=options.audio_order,
+                mask_1=options.mask_1,
+                mask_2=options.mask_2,
+                box_1=options.box_1,
+                box_2=options.box_2,
                 prompt=options.prompt,
+                negative_prompt=options.negative_prompt,
+                size=options.size,
+                aspect=options.aspect,
                 width=options.width,
                 height=options.height,
                 seed=options.seed,
+                preset=options.preset,
                 steps=options.steps,
+                shift=options.shift,
+                audio_scale=options.audio_scale,
+                lora=options.lora,
+                lora_strength=options.lora_strength,
                 max_frames=options.max_frames,
+                audio_start=options.audio_start,
+                audio_end=options.audio_end,
+                fps=options.fps,
                 overlap_frames=options.overlap_frames,
+                seam=options.seam,
                 use_multi_gpu=not options.no_multi_gpu,
             )
             result = render(
@@ -79,7 +140,7 @@ def run(options: argparse.Namespace) -> int:
                 on_progress=on_progress,
             ).as_dict()
         except KeyboardInterrupt:
-            raise JobCancelled("of this command") from None
+            raise JobCancelled("that was asked for") from None
     if options.json:
         print(json.dumps(result))
     else:
@@ -88,5 +149,13 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _box(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.strip("[]").split(","))
+
+
 def _interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
+    """Cancel, once: stopping the engines takes some seconds, and a second signal would leave it half done."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    log.warning("cancelling: the engines are being stopped")
     raise KeyboardInterrupt

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -14,17 +15,17 @@ from pathlib import Path
 from actors.cluster import check_gpus, cluster
 from actors.pool import RendererPool
 from pipeline import ffmpeg
+from pipeline.dispatch import Renderers
 from pipeline.engine import choose_engine, engine_kind
-from pipeline.errors import InvalidRequest, StorageError
+from pipeline.errors import ConfigurationError, InvalidRequest, JobCancelled, PipelineError, StorageError
 from pipeline.job import JobDirectory, job_id, storage_errors
 from pipeline.plan import Plan
-from pipeline.render import OnProgress, Renderers, RenderResult, render_video
+from pipeline.render import OnProgress, render_video
 from pipeline.request import RenderRequest
+from pipeline.result import RenderResult
 from pipeline.settings import Settings
-from pipeline.workflow import load
+from pipeline.workflow import Workflow, load
 
-WORKFLOW = "image_single"
-"""The same graph serves a source video: each window then gets its own picture."""
 FREE_BYTES = 200 << 20
 """Less free space than this in the output's folder is refused at the start."""
 
@@ -66,11 +67,11 @@ def render(
         choose_engine(settings)  # what is wrong with it is told before anything starts
     if engine == "draft":
         log.warning("DRAFT ENGINE: this is a preview that moves the portrait, not the InfiniteTalk model")
-    workflow = load(WORKFLOW)
+    workflow = choose_workflow(request, settings)
     ffmpeg.binary()  # none: an error now, not after an hour of rendering
-    name = job_id(request, engine, workflow.text)
+    name = job_id(request, _engine_mark(settings), workflow.text)
     _check_output(output)
-    job = JobDirectory(job_dir or output.parent / ".infinitetalk" / name)
+    job = JobDirectory((job_dir or output.parent / ".infinitetalk" / name).resolve(), name)
     if job_dir is not None:
         _check_same_job(job, name)
 
@@ -80,20 +81,57 @@ def render(
         return renderer_pool(settings, gpus if request.use_multi_gpu else 1)
 
     log.info("job %s into %s", name, output, extra={"job": name, "engine": engine})
-    result = render_video(
-        request,
-        job,
-        engine,
-        workflow,
-        renderers,
-        output,
-        max_attempts=settings.max_attempts,
-        on_progress=on_progress,
-        make_plan=make_plan,
-    )
+    try:
+        result = render_video(
+            request,
+            job,
+            engine,
+            workflow,
+            renderers,
+            output,
+            max_attempts=settings.max_attempts,
+            on_progress=on_progress,
+            make_plan=make_plan,
+        )
+    except (PipelineError, KeyboardInterrupt) as error:
+        if job.has_segments:
+            log.warning("finished segments are kept in %s; the same command goes on with the rest", job.path)
+        elif job_dir is None and not (isinstance(error, InvalidRequest) and error.field == "job"):
+            job.remove()
+        if isinstance(error, KeyboardInterrupt):
+            raise JobCancelled(name) from None
+        raise
     if job_dir is None:
         job.remove()
     return result
+
+
+def choose_workflow(request: RenderRequest, settings: Settings) -> Workflow:
+    """The graph for a request.  One graph serves portraits and source videos: only the pictures differ.
+
+    Raises ``ConfigurationError`` for two speakers without the node pack.
+    """
+    if request.negative_prompt:
+        log.warning("the negative prompt changes nothing: the model runs at cfg 1, where it is not read")
+    if settings.node_pack:
+        return load("talk_single" if request.audio_2 is None else "talk_multi")
+    if request.audio_2 is not None:
+        raise ConfigurationError(
+            "two speakers need the node pack: ComfyUI's own node plays their tracks one after the other "
+            "in every segment; set INFINITETALK_NODE_PACK=1"
+        )
+    log.warning(
+        "the node pack is off: the model hears nothing from before a window, so lips are less sure "
+        "at the start of each window"
+    )
+    return load("image_single")
+
+
+def _engine_mark(settings: Settings) -> str:
+    """What of the engine shapes the pictures: segments of one mark may stand in one video."""
+    if engine_kind(settings) == "draft":
+        return "draft"
+    return f"comfyui {settings.comfyui_dir} {settings.comfyui_models} {settings.comfyui_args}"
 
 
 def _check_output(output: Path) -> None:
@@ -104,7 +142,8 @@ def _check_output(output: Path) -> None:
         raise InvalidRequest("output", f"{output} is a folder")
     with storage_errors(output.parent):
         output.parent.mkdir(parents=True, exist_ok=True)
-        (output.parent / ".infinitetalk").mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass  # it can be written
         free = shutil.disk_usage(output.parent).free
     if free < FREE_BYTES:
         raise StorageError(

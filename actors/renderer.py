@@ -6,19 +6,22 @@ Nobody repairs a renderer: when its engine is lost, the pool drops it and makes 
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import tempfile
 import threading
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
 
+from pipeline import profiles
 from pipeline.comfy_client import ComfyClient
-from pipeline.devices import this_cpu, visible_gpus
+from pipeline.devices import Device, this_cpu, visible_gpus
 from pipeline.engine import (
     RunningEngine,
     choose_engine,
@@ -27,14 +30,17 @@ from pipeline.engine import (
     engine_kind,
     running_engine,
 )
-from pipeline.errors import EngineError, MediaError, StorageError
+from pipeline.errors import ConfigurationError, EngineError, MediaError, OutOfMemory, StorageError
 from pipeline.job import storage_errors
 from pipeline.messages import RenderedSegment, RendererInfo, SegmentProgress, SegmentTask
+from pipeline.mode_check import require_mode
 from pipeline.segment import render_segment
 from pipeline.settings import Settings
 
 DIED_WITHIN_SECONDS = 2.0
 """A request fails before the guard has told of the engine's death; this long is waited for the word."""
+
+log = logging.getLogger(__name__)
 
 
 class Renderer:
@@ -49,6 +55,9 @@ class Renderer:
         self._open = ExitStack()
         self._engine: RunningEngine | None = None
         self._client: ComfyClient | None = None
+        self._device: Device | None = None
+        self._profile: profiles.Profile | None = None
+        self._workflow: str | None = None
         self._cancelled = threading.Event()
         self._progress: SegmentProgress | None = None
 
@@ -58,44 +67,94 @@ class Renderer:
 
         Raises ``EngineError``, ``ConfigurationError``, ``StorageError``.
         """
-        client, engine = self._started()
-        device = this_cpu()
-        if engine_kind(self._settings) == "comfyui" and (gpus := visible_gpus()):
-            device = gpus[0]
+        where = f"GPU {self._lane} on {self._node}"
+        try:
+            client, engine = self._started()
+        except EngineError as error:
+            raise EngineError(f"{where}: {error.reason}", error.log) from None
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{where}: {error.reason}") from None
+        assert self._device is not None
         return RendererInfo(
             lane=self._lane,
             node=self._node,
             engine=engine_kind(self._settings),
             engine_version=client.version(),
+            profile=self._profile.name if self._profile else "none",
             port=engine.port,
             pid=os.getpid(),
             engine_pid=engine.pid,
             guard_pid=engine.guard_pid,
-            device=device.name,
-            memory_gb=device.memory_gb,
+            device=self._device.name,
+            memory_gb=self._device.memory_gb,
         )
 
     def _started(self) -> tuple[ComfyClient, RunningEngine]:
         if self._engine is None or self._client is None:
+            if self._device is None:
+                self._device, self._profile = self._look_at_the_gpu()
             program = choose_engine(self._settings)  # on this node: paths are the node's own
+            if self._profile is not None:
+                program = replace(program, command=(*program.command, *self._profile.flags))
             self._engine = self._open.enter_context(running_engine(program, self._settings))
             self._client = ComfyClient(self._engine.url)
         return self._client, self._engine
+
+    def _look_at_the_gpu(self) -> tuple[Device, profiles.Profile | None]:
+        """The device, and how much may be kept on it; None where the operator has said it in flags."""
+        gpus = visible_gpus() if engine_kind(self._settings) == "comfyui" else ()
+        device = gpus[0] if gpus else this_cpu()
+        if self._settings.profile != "auto":
+            return device, profiles.named(self._settings.profile)
+        if not gpus or profiles.MEMORY_FLAGS.intersection(self._settings.comfyui_flags):
+            return device, None
+        return device, profiles.profile_for(device.memory_gb)
 
     @ray.method(concurrency_group="work")
     def render(self, task: SegmentTask) -> RenderedSegment:
         """Render one segment; the files come back as bytes, nothing stays here.
 
+        Out of memory, there is one more try with everything unloaded and the next smaller profile.
         Raises ``GraphError``, ``EngineError`` (with the engine's log), ``JobCancelled``, ``StorageError``.
         """
+        self._cancelled.clear()
+        client, _ = self._started()
+        if self._workflow not in (None, task.recipe.workflow.file):
+            client.free()  # other models: the old ones would stay in memory beside them
+        if self._workflow != task.recipe.workflow.file:
+            require_mode(client, task.recipe.workflow)
+        self._workflow = task.recipe.workflow.file
+        try:
+            return self._render(task)
+        except OutOfMemory as first:
+            log.warning("segment %d: %s; one more try with less on the GPU", task.index, first)
+            self._take_less()
+        try:
+            return self._render(task)
+        except OutOfMemory as again:
+            width, height = task.recipe.width, task.recipe.height
+            raise OutOfMemory(again.node, f"{again.reason}; {profiles.advice(width, height)}") from None
+
+    def _take_less(self) -> None:
+        """Unload everything; where a smaller profile has other flags, a new engine with those."""
+        client, _ = self._started()
+        less = profiles.smaller(self._profile) if self._profile is not None else None
+        if less is None:
+            client.free()
+            return
+        self._open.close()
+        self._engine = self._client = None
+        self._profile = less
+
+    def _render(self, task: SegmentTask) -> RenderedSegment:
         client, engine = self._started()
         began = time.monotonic()
         try:
             with (
-                storage_errors(self._settings.scratch_dir),
+                storage_errors(self._settings.scratch),
                 tempfile.TemporaryDirectory(prefix="segment-", dir=engine.base_dir) as folder,
             ):
-                files, seconds = render_segment(
+                files, seconds, nodes = render_segment(
                     task,
                     client,
                     Path(folder) / "files",
@@ -118,7 +177,7 @@ class Renderer:
         finally:
             self._progress = None
         clear_inputs(engine)
-        return RenderedSegment(task.index, self._lane, self._node, task.attempt, arrays, seconds)
+        return RenderedSegment(task.index, self._lane, self._node, task.attempt, arrays, seconds, nodes)
 
     def _report(self, progress: SegmentProgress) -> None:
         self._progress = progress
@@ -130,7 +189,7 @@ class Renderer:
 
     @ray.method(concurrency_group="control")
     def cancel(self) -> None:
-        """Stop the segment in work; ``render`` then raises ``JobCancelled``.  For good: drop the renderer."""
+        """Stop the segment in work; ``render`` then raises ``JobCancelled``."""
         self._cancelled.set()
 
     @ray.method(concurrency_group="control")

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypedDict
 
 from pipeline.comfy_events import Failure
-from pipeline.errors import GraphError
+from pipeline.errors import GraphError, OutOfMemory
 from pipeline.workflow import Graph
 
 REASON_CHARACTERS = 300
@@ -48,9 +48,10 @@ def why_refused(graph: Graph, answer: Mapping[str, Any]) -> GraphError:
 def why_failed(graph: Graph, failure: Failure) -> GraphError:
     """How a node failed while the graph ran."""
     reason = one_line(failure.message) or failure.exception_type or "failed without a message"
+    label = _label(graph, failure.node, failure.node_type)
     if failure.out_of_memory:
-        reason = f"out of memory: {reason}"
-    return GraphError(_label(graph, failure.node, failure.node_type), reason)
+        return OutOfMemory(label, f"out of memory: {reason}")
+    return GraphError(label, reason)
 
 
 def files_of(outputs: object) -> Outputs:

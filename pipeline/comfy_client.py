@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,6 +158,7 @@ class ComfyClient:
                     cancelled.wait(TICK_SECONDS)
                     socket.open()
                 if (outputs := follower.step(message, alone=not socket.is_open)) is not None:
+                    self._forget(prompt_id)
                     return outputs
         except EngineError:
             if cancelled.is_set():
@@ -199,6 +200,11 @@ class ComfyClient:
                 self.interrupt(prompt_id)
         except EngineError:
             return
+
+    def _forget(self, prompt_id: str) -> None:
+        """Take a finished prompt out of the history: engines keep the last 10,000 graphs, 50 KB each."""
+        with suppress(EngineError):
+            self._request("POST", "/history", json={"delete": [prompt_id]}, timeout=ANSWER_SECONDS)
 
     def _history(self, prompt_id: str) -> Object | None:
         """The history entry of a prompt; None while it waits, runs or is unknown."""

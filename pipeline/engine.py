@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
@@ -32,10 +32,12 @@ from pipeline.settings import Settings
 
 EngineKind = Literal["comfyui", "draft"]
 
+NODE_PACK = Path(__file__).resolve().parent.parent / "workflows" / "comfyui_nodes" / "infinitetalk_ray"
+"""Our own nodes, which an engine finds through a link in its base directory."""
 LOG_LINES = 30
 """Lines of an engine's log that go into an error."""
-KEPT_LOGS = 20
-"""Logs of ended engines that stay in the scratch folder."""
+KEPT_LOGS = 200
+"""Logs that stay in the scratch folder; more than engines run on one node."""
 POLL_SECONDS = 0.1
 STOP_SECONDS = 10.0
 
@@ -53,6 +55,8 @@ class EngineProgram:
     """The working directory of the process."""
     models: Path | None
     """The folder of the weights; None: the program needs none."""
+    node_pack: bool = False
+    """Whether it shall load ``NODE_PACK``."""
 
     @property
     def title(self) -> str:
@@ -73,8 +77,10 @@ def choose_engine(settings: Settings) -> EngineProgram:
     A configured but unusable ComfyUI is a ``ConfigurationError``, never a silent draft.
     """
     if engine_kind(settings) == "draft":
-        command = (sys.executable, "-m", "pipeline.draft", *settings.draft_flags)
-        return EngineProgram("draft", command, Path(__file__).resolve().parent.parent, None)
+        flags = _node_flags(settings.draft_flags, settings.node_pack)
+        command = (sys.executable, "-m", "pipeline.draft", *flags)
+        folder = Path(__file__).resolve().parent.parent
+        return EngineProgram("draft", command, folder, None, settings.node_pack)
     if settings.comfyui_dir is None:
         raise ConfigurationError(
             "INFINITETALK_ENGINE=comfyui needs INFINITETALK_COMFYUI_DIR, the folder of a ComfyUI checkout"
@@ -95,17 +101,29 @@ def choose_engine(settings: Settings) -> EngineProgram:
         "--disable-auto-launch",
         "--disable-metadata",
         "--disable-api-nodes",
-        "--disable-all-custom-nodes",
-        *settings.comfyui_flags,
+        *_node_flags(settings.comfyui_flags, settings.node_pack),
     )
-    return EngineProgram("comfyui", command, checkout, models)
+    return EngineProgram("comfyui", command, checkout, models, settings.node_pack)
+
+
+def _node_flags(flags: list[str], node_pack: bool) -> list[str]:
+    """An operator's flags after ours: no custom node but our own pack and what the operator lists."""
+    listed = "--whitelist-custom-nodes"
+    ours = ["--disable-all-custom-nodes"]
+    if not node_pack:
+        return [*ours, *flags]
+    if listed in flags:  # the last such flag counts alone
+        place = len(flags) - flags[::-1].index(listed)
+        return [*ours, *flags[:place], NODE_PACK.name, *flags[place:]]
+    return [*ours, listed, NODE_PACK.name, *flags]
 
 
 def _comfyui_python(settings: Settings, checkout: Path) -> Path:
     if settings.comfyui_python is not None:
-        if not os.access(settings.comfyui_python, os.X_OK):
+        python = settings.comfyui_python.expanduser().absolute()  # not resolved: a venv's python is a link
+        if not python.is_file() or not os.access(python, os.X_OK):
             raise ConfigurationError(f"INFINITETALK_COMFYUI_PYTHON={settings.comfyui_python} is no program")
-        return settings.comfyui_python.expanduser().absolute()  # not resolved: a venv's python is a link
+        return python
     for name in ("venv", ".venv"):
         python = checkout / name / "bin" / "python"
         if os.access(python, os.X_OK):
@@ -218,50 +236,65 @@ def running_engine(program: EngineProgram, settings: Settings) -> Iterator[Runni
     ``ConfigurationError`` when no port is free, ``StorageError`` when there is no place for its folders.
     """
     refused: set[int] = set()
-    while True:
-        with reserved_port(*settings.port_range, frozenset(refused)) as (port, lock):
-            base_dir, log_path = _folders(program, settings, port)
-            command = [
-                *program.command,
-                *("--listen", "127.0.0.1", "--port", str(port), "--base-directory", str(base_dir)),
-                *("--database-url", f"sqlite:///{base_dir}/user/comfyui.db"),
-            ]
-            with log_path.open("wb") as output:
-                process = GuardedProcess(command, program.folder, base_dir, output, lock)
-            engine = RunningEngine(
-                f"http://127.0.0.1:{port}", port, process.guard_pid, process.pid, base_dir, log_path, process
-            )
+    with ExitStack() as opened:
+        while True:
+            attempt = opened.enter_context(ExitStack())
+            port, lock = attempt.enter_context(reserved_port(*settings.port_range, frozenset(refused)))
             try:
-                _wait_until_ready(engine, program, settings.ready_seconds)
-                log.info("%s is ready on port %d (pid %d, log %s)", program.title, port, engine.pid, log_path)
-                yield engine
-                return
+                engine = _started(program, settings, port, lock, attempt)
+                break
             except EngineError as error:
+                attempt.close()
                 # A stranger took the port between our look and the engine's bind.
-                if "already in use" not in error.log or engine.alive:
+                if "already in use" not in error.log:
                     raise
                 refused.add(port)
-            finally:
-                process.stop()
-                shutil.rmtree(base_dir, ignore_errors=True)  # the guard did, unless it was killed
+        log.info("%s is ready on port %d (pid %d, log %s)", program.title, port, engine.pid, engine.log_path)
+        yield engine
+
+
+def _started(
+    program: EngineProgram, settings: Settings, port: int, lock: int, cleanup: ExitStack
+) -> RunningEngine:
+    """An engine that answers on ``port``; what has to be undone goes to ``cleanup``."""
+    base_dir, log_path = _folders(program, settings, port)
+    cleanup.callback(shutil.rmtree, base_dir, ignore_errors=True)  # the guard does, unless it is killed
+    command = [
+        *program.command,
+        *("--listen", "127.0.0.1", "--port", str(port), "--base-directory", str(base_dir)),
+        *("--database-url", f"sqlite:///{base_dir}/user/comfyui.db"),
+    ]
+    with log_path.open("wb") as output:
+        process = GuardedProcess(command, program.folder, base_dir, output, lock)
+    cleanup.callback(process.stop)
+    engine = RunningEngine(
+        f"http://127.0.0.1:{port}", port, process.guard_pid, process.pid, base_dir, log_path, process
+    )
+    _wait_until_ready(engine, program, settings.ready_seconds)
+    return engine
 
 
 def _folders(program: EngineProgram, settings: Settings, port: int) -> tuple[Path, Path]:
     """A fresh base directory (removed by the guard) and the path of the log (kept)."""
+    scratch = settings.scratch
     try:
-        logs = settings.scratch_dir / "infinitetalk-logs"
+        logs = scratch / f"infinitetalk-logs-{os.getuid()}"
         logs.mkdir(parents=True, exist_ok=True)
         for old in sorted(logs.glob("engine-*.log"), key=_modified)[:-KEPT_LOGS]:
             old.unlink(missing_ok=True)
-        base_dir = Path(tempfile.mkdtemp(prefix="infinitetalk-engine-", dir=settings.scratch_dir))
+        log_path = logs / f"engine-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{port}.log"
+        log_path.touch()
+        base_dir = Path(tempfile.mkdtemp(prefix="infinitetalk-engine-", dir=scratch))
         for name in ("input", "output", "temp", "user", "custom_nodes"):
             (base_dir / name).mkdir()
         if program.models is not None:
             # A link, not --models-directory: ComfyUI 0.11 has no such flag.
             (base_dir / "models").symlink_to(program.models)
+        if program.node_pack:
+            (base_dir / "custom_nodes" / NODE_PACK.name).symlink_to(NODE_PACK)
     except OSError as error:
-        raise StorageError(str(settings.scratch_dir), error.strerror or str(error)) from None
-    return base_dir, logs / f"engine-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{port}.log"
+        raise StorageError(str(scratch), error.strerror or str(error)) from None
+    return base_dir, log_path
 
 
 def _modified(path: Path) -> float:

@@ -6,10 +6,12 @@
       StorageError         no space left, or a place that can't be written
       WorkflowError        a workflow file and the code disagree
       GraphError           the engine refused or failed a graph; another try would end the same way
+        OutOfMemory        the GPU's memory was short; less on the GPU, or smaller pictures, would help
       EngineError          the engine process died, never came up, or went silent
       RendererLost         a renderer is gone in the middle of a segment; the segment deserves another try
       RenderFailed         a segment can't be made; ends the job
       MediaError           ffmpeg or a decoder failed on our own files
+      DownloadError        a weight did not arrive whole; the same command goes on with it
       JobCancelled         somebody asked for it
 
 Every field goes to ``super().__init__`` by position, so that the errors survive pickling (Ray).
@@ -78,6 +80,10 @@ class GraphError(PipelineError):
         return f"{self.node}: {self.reason}" if self.node else self.reason
 
 
+class OutOfMemory(GraphError):
+    """A node ran out of memory."""
+
+
 class EngineError(PipelineError):
     """The engine process died, did not come up in time, or stopped answering.
 
@@ -126,6 +132,10 @@ class MediaError(PipelineError):
 
     def __str__(self) -> str:
         return f"{self.what}: {self.log.strip()}" if self.log.strip() else self.what
+
+
+class DownloadError(PipelineError):
+    """The transfer of a weight broke, or brought something else; the same command goes on with the rest."""
 
 
 class JobCancelled(PipelineError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import re
 import signal
 import subprocess
@@ -28,8 +29,8 @@ from pipeline.errors import ConfigurationError, MediaError, StorageError
 from pipeline.frames import Frame
 from pipeline.timeline import FPS
 
-TIMESCALE = 12_800
-"""Ticks per second of every mp4 video track: 512 to a frame.  One timescale lets files join by copy."""
+TICKS = 512
+"""Of every mp4 video track's clock to a frame.  One clock lets files join by copy."""
 
 THREADS = 2
 """Encoder threads: x264's output depends on their number, and a node has an engine to feed."""
@@ -74,7 +75,7 @@ FINAL = Encoding(
         "x264-params": "open-gop=0",
         "threads": THREADS,
         "fps_mode": "passthrough",
-        "video_track_timescale": TIMESCALE,
+        "video_track_timescale": TICKS * FPS,
     },
 )
 """What viewers get: near-lossless H.264; files made with it by one binary join by copy."""
@@ -95,6 +96,9 @@ LOSSLESS = Encoding(
 )
 """RGB exactly, about 200 KB a frame at 832x480; for overlaps, which are decoded once and blended."""
 
+STOP_SECONDS = 0.2
+"""How often a run that can be stopped looks whether it shall."""
+
 
 @functools.cache
 def binary() -> str:
@@ -113,18 +117,49 @@ def command(stream: Any, *, loglevel: str = "warning") -> list[str]:
     return compiled
 
 
-def run(stream: Any, what: str, target: Path | None = None, *, loglevel: str = "warning") -> str:
+def run(
+    stream: Any,
+    what: str,
+    target: Path | None = None,
+    *,
+    loglevel: str = "warning",
+    stop: threading.Event | None = None,
+) -> str:
     """Run an ffmpeg-python output stream to its end; what it said on stderr.
 
-    ``what`` names the work in errors, ``target`` the file written.  Raises ``MediaError``, ``StorageError``.
+    ``what`` names the work in errors, ``target`` the file written; ``stop`` ends it early, as an error.
+    Raises ``MediaError``, ``StorageError``.
     """
     arguments = command(stream, loglevel=loglevel)
+    pipe = subprocess.PIPE
     with _starting():
-        done = subprocess.run(arguments, stdin=subprocess.DEVNULL, capture_output=True, check=False)
-    said = done.stderr.decode(errors="replace")
+        done = subprocess.Popen(
+            arguments, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, env=_environment()
+        )
+    with done:
+        try:
+            said = _to_its_end(done, stop).decode(errors="replace")
+        except BaseException:
+            done.kill()
+            raise
     if done.returncode:
         raise failure(what, target, done.returncode, said)
     return said
+
+
+def _environment() -> dict[str, str]:
+    """A copy: a child that starts on the C library's own list fails while another thread changes that."""
+    return os.environ.copy()
+
+
+def _to_its_end(process: subprocess.Popen[bytes], stop: threading.Event | None) -> bytes:
+    """What a process writes to stderr until it ends, or is killed because of ``stop``."""
+    while True:
+        try:
+            return process.communicate(timeout=None if stop is None else STOP_SECONDS)[1]
+        except subprocess.TimeoutExpired:
+            if stop is not None and stop.is_set():
+                process.kill()
 
 
 def failure(what: str, target: Path | None, code: int, said: str) -> MediaError | StorageError:
@@ -138,46 +173,110 @@ def failure(what: str, target: Path | None, code: int, said: str) -> MediaError 
     return MediaError(f"ffmpeg could not {what}", tail or f"it ended with code {code}")
 
 
-def join(parts: Sequence[tuple[Path, int]], sound: tuple[Path, int], target: Path, work: Path) -> None:
+def join(
+    parts: Sequence[tuple[Path, int]], sound: tuple[Path, int], target: Path, work: Path, fps: int = FPS
+) -> None:
     """Join silent videos ``(path, frames)`` by copy and add the stream ``(path, index)`` of a sound, by copy.
 
-    The parts must be ``FINAL`` with equal headers.  Raises ``MediaError``, ``StorageError``.
+    The parts must be ``FINAL``, at ``fps``, with equal headers.  Raises ``MediaError``, ``StorageError``.
     """
     track, index = sound
-    picture, audio = _concat(parts, work)["v:0"], _user_input(track)[str(index)]
+    picture, audio = _concat(parts, work, fps)["v:0"], _user_input(track)[str(index)]
+    options = {
+        "c": "copy",
+        # ffmpeg repeats the parameter sets at each join; avc1 has them in the header only.
+        "bsf:v": "filter_units=remove_types=7-8",
+        "movflags": "+faststart",
+        "video_track_timescale": TICKS * fps,
+    }
     # No -shortest, no -avoid_negative_ts: both change the number or the times of frames.
-    stream = ffmpeg.output(
-        picture,
-        audio,
-        _path(target),
-        format="mp4",
-        c="copy",
-        movflags="+faststart",
-        video_track_timescale=TIMESCALE,
-    )
+    stream = ffmpeg.output(picture, audio, _path(target), format="mp4", **options)
     run(stream, "join the segments", target)
 
 
-def encode_again(parts: Sequence[tuple[Path, int]], target: Path, work: Path) -> None:
-    """Join silent videos ``(path, frames)`` by encoding; raises as ``join`` does."""
-    stream = _concat(parts, work)["v:0"].output(_path(target), format=FINAL.container, **FINAL.options)
+def encode_again(
+    parts: Sequence[tuple[Path, int]], target: Path, work: Path, fps: int = FPS, frames: int | None = None
+) -> None:
+    """Join silent videos ``(path, frames)`` by encoding, at another rate if need be; raises as ``join`` does.
+
+    Pictures are repeated or left out, none is made up: each new frame shows what is on screen in its
+    middle, so picture and sound stay within half a frame of each other.  ``frames``: of the result.
+    """
+    options = dict(FINAL.options)
+    if fps != FPS:
+        # The last picture stays on as long as it takes.
+        options["vf"] = f"tpad=stop_mode=clone:stop={FPS},fps={fps}:round=near,{options['vf']}"
+        # Finer than the parts: the second generation then costs 1 dB instead of 2, at the same size.
+        options |= {"frames:v": frames, "crf": 14, "g": 5 * fps, "video_track_timescale": TICKS * fps}
+    stream = _concat(parts, work, FPS)["v:0"].output(_path(target), format=FINAL.container, **options)
     run(stream, "encode the segments again", target)
 
 
 def encode_sound(
-    sound: tuple[Path, int], target: Path, rate: int, channels: int, samples: int | None = None
+    sound: tuple[Path, int],
+    target: Path,
+    rate: int,
+    channels: int,
+    *,
+    first: int = 0,
+    samples: int,
+    stop: threading.Event | None = None,
 ) -> None:
     """Encode the stream ``(path, index)`` of a user's file to AAC in mp4, its first sample at time 0.
 
-    ``samples``: cut after so many, counted at ``rate``.  Raises ``MediaError``, ``StorageError``.
+    ``first``: drop so many samples of the source; ``samples``: then keep so many, counted at ``rate``.
+    Raises ``MediaError``, ``StorageError``.
     """
     path, index = sound
     # Sample numbers become the clock: a stream that starts late or has gaps would slip otherwise.
-    audio = _user_input(path)[str(index)].filter("asetpts", "N/SR/TB").filter("aresample", rate)
-    if samples is not None:
-        audio = audio.filter("atrim", end_sample=samples)
+    audio = _user_input(path)[str(index)].filter("asetpts", "N/SR/TB")
+    if first:
+        audio = audio.filter("atrim", start_sample=first).filter("asetpts", "N/SR/TB")
+    audio = audio.filter("aresample", rate).filter("atrim", end_sample=samples)
     options = {"c:a": "aac", "b:a": f"{max(192, 96 * channels)}k", "ac": channels, "threads": THREADS}
-    run(audio.output(_path(target), format="mp4", vn=None, **options), "encode the sound", target)
+    run(audio.output(_path(target), format="mp4", vn=None, **options), "encode the sound", target, stop=stop)
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedSound:
+    """A stream of a user's file with its place in a mix; samples are counted at the mix's rate."""
+
+    path: Path
+    index: int
+    channels: int
+    start: int
+    samples: int
+
+
+def mix_sounds(
+    sounds: Sequence[PlacedSound],
+    target: Path,
+    rate: int,
+    samples: int,
+    stop: threading.Event | None = None,
+) -> None:
+    """Mix sounds to stereo AAC in mp4, cut or filled up to ``samples``.
+
+    Raises ``MediaError``, ``StorageError``.
+    """
+    placed = []
+    for number, sound in enumerate(sounds):
+        # ffmpeg-python takes equal inputs for one, and both speakers may have the same file.
+        source = _user_input(sound.path, thread_queue_size=8 + number)
+        audio = source[str(sound.index)].filter("asetpts", "N/SR/TB")
+        audio = audio.filter("aresample", rate).filter("aformat", sample_fmts="fltp")
+        if sound.channels == 1:  # the usual way to stereo takes 3 dB off
+            audio = audio.filter("pan", args="stereo|c0=c0|c1=c0")
+        audio = audio.filter("aformat", channel_layouts="stereo")
+        # Its own length exactly, whatever a resampler rounds, then silence in front.
+        audio = audio.filter("apad", whole_len=sound.samples).filter("atrim", end_sample=sound.samples)
+        placed.append(audio.filter("adelay", delays=f"{sound.start}S", all=1))
+    mixed = ffmpeg.filter(placed, "amix", inputs=len(placed), duration="longest", normalize=0)
+    # The limiter looks ahead; without "latency" everything would come 5 ms late.
+    mixed = mixed.filter("alimiter", limit=0.95, level=0, latency=1).filter("asetpts", "N/SR/TB")
+    mixed = mixed.filter("apad", whole_len=samples).filter("atrim", end_sample=samples)
+    options = {"c:a": "aac", "b:a": "192k", "ac": 2, "ar": rate, "threads": THREADS}
+    run(mixed.output(_path(target), format="mp4", vn=None, **options), "mix the sounds", target, stop=stop)
 
 
 def loudness(samples: Path, rate: int) -> float | None:
@@ -194,21 +293,22 @@ def loudness(samples: Path, rate: int) -> float | None:
     return measured if measured > LOUDNESS_GATE else None
 
 
-def _concat(parts: Sequence[tuple[Path, int]], work: Path) -> Any:
+def _concat(parts: Sequence[tuple[Path, int]], work: Path, fps: int) -> Any:
     folder = Path(tempfile.mkdtemp(prefix="concat-", dir=work))
     lines = ["ffconcat version 1.0"]
     for number, (path, frames) in enumerate(parts):
         link = folder / f"part-{number:05d}{FINAL.suffix}"
         link.symlink_to(path.resolve())  # any character may be in a path; the list's syntax is poor
         # Each file's length is given, so that no rounding of a container moves the next one.
-        lines += [f"file {link.name}", f"duration {frames // FPS}.{frames % FPS * (100 // FPS):02d}"]
+        lines += [f"file {link.name}", f"duration {frames / fps:.6f}"]
     playlist = folder / "parts.ffconcat"
     playlist.write_text("\n".join(lines) + "\n")
     return ffmpeg.input(_path(playlist), format="concat")
 
 
-def _user_input(path: Path) -> Any:
-    return ffmpeg.input(_path(path), protocol_whitelist="file", format_whitelist=INPUT_FORMATS)
+def _user_input(path: Path, **options: Any) -> Any:
+    limits = {"protocol_whitelist": "file", "format_whitelist": INPUT_FORMATS}
+    return ffmpeg.input(_path(path), **limits, **options)
 
 
 def _path(path: Path) -> str:
@@ -230,7 +330,9 @@ class FrameWriter:
         arguments.remove("-nostdin")  # the frames come that way
         pipe, null = subprocess.PIPE, subprocess.DEVNULL
         with _starting():
-            self._process = subprocess.Popen(arguments, stdin=pipe, stdout=null, stderr=pipe)
+            self._process = subprocess.Popen(
+                arguments, stdin=pipe, stdout=null, stderr=pipe, env=_environment()
+            )
         self._said: deque[str] = deque(maxlen=20)
         # An undrained stderr fills its pipe and stops ffmpeg in the middle.
         self._drain = threading.Thread(target=self._listen, name="ffmpeg-stderr", daemon=True)

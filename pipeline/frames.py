@@ -7,7 +7,7 @@ Counts and times come from decoding, never from a header.  Users' files are read
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeAlias
 
@@ -31,6 +31,23 @@ def read_frames(path: Path) -> Iterator[Frame]:
         yield decoded.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
 
 
+def read_part(path: Path, first: int, stop: int, fps: int = FPS) -> Iterator[Frame]:
+    """The frames ``[first, stop)`` of one of our videos; decodes from the key frame before.
+
+    Fewer where the video ends earlier.  Raises ``MediaError``.
+    """
+    with _media_errors(path), av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert stream.time_base is not None
+        container.seek(round(first / fps / stream.time_base), stream=stream)
+        for decoded in container.decode(stream):
+            number = round(decoded.time * fps) if decoded.time is not None else first
+            if number >= stop:
+                return
+            if number >= first:
+                yield decoded.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
+
+
 def read_stack(path: Path, frames: int) -> npt.NDArray[np.uint8]:
     """All frames of a short video as uint8 [frames, height, width, 3].
 
@@ -49,19 +66,26 @@ def read_stack(path: Path, frames: int) -> npt.NDArray[np.uint8]:
     return stack
 
 
-def check_video(path: Path, frames: int) -> None:
-    """Decode the whole video: exactly ``frames`` of them, frame ``i`` at ``i / 25`` s, none damaged.
+def check_video(
+    path: Path, frames: int, fps: int = FPS, watch: Callable[[npt.NDArray[np.uint8]], None] | None = None
+) -> None:
+    """Decode the whole video: exactly ``frames`` of them, frame ``i`` at ``i / fps`` s, none damaged.
 
+    ``watch`` sees each frame's luma, uint8 [H, W] as it is coded, before the next one is decoded.
     Raises ``MediaError``.
     """
     count = 0
     for decoded in _decode(path):
         if decoded.is_corrupt:
             raise MediaError(f"{path.name} is damaged at frame {count}")
-        if decoded.pts is None or decoded.time_base is None or decoded.pts * decoded.time_base * FPS != count:
+        if decoded.pts is None or decoded.time_base is None or decoded.pts * decoded.time_base * fps != count:
             raise MediaError(
-                f"{path.name} shows frame {count} at {decoded.time} s instead of {count / FPS} s"
+                f"{path.name} shows frame {count} at {decoded.time} s instead of {count / fps} s"
             )
+        if watch is not None:
+            plane = decoded.planes[0]
+            rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)  # type: ignore[call-overload]
+            watch(rows[: decoded.height, : decoded.width])
         count += 1
     if count != frames:
         raise MediaError(f"{path.name} has {count} frames instead of {frames}")

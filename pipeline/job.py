@@ -1,21 +1,23 @@
 """The job directory: the name of every file of a job, and the only truth about how far it is.
 
     request.json            what was asked for
-    inputs/picture*, sound* the caller's files
+    inputs/picture*, sound*, mask_* the caller's files
     inputs/portrait.png     the picture, fitted
-    inputs/speech.wav       what the model hears: 16 kHz mono, normalised
+    inputs/speech*.wav      what the model hears of each speaker: 16 kHz mono, normalised
     plan.json               how the job was cut; a resumed job goes by it
     segments/0003/          a finished segment; a folder that exists is complete
-    result.json, video.mp4  the end
+    result.json             the end
 
 Files appear under their names only when they are whole.  Nobody else joins paths.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -28,17 +30,16 @@ from pipeline.errors import InvalidRequest, StorageError
 from pipeline.plan import Plan
 from pipeline.request import RenderRequest
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class JobDirectory:
     """Where one job lives."""
 
     path: Path
-
-    @property
-    def name(self) -> str:
-        """The job's id, in logs and results."""
-        return self.path.name
+    name: str = "job"
+    """The job's id, in logs, results and the engines' file names."""
 
     @property
     def portrait(self) -> Path:
@@ -49,12 +50,12 @@ class JobDirectory:
         return self.path / "inputs" / "speech.wav"
 
     @property
-    def plan(self) -> Path:
-        return self.path / "plan.json"
+    def speech_2(self) -> Path:
+        return self.path / "inputs" / "speech_2.wav"
 
     @property
-    def video(self) -> Path:
-        return self.path / "video.mp4"
+    def plan(self) -> Path:
+        return self.path / "plan.json"
 
     @property
     def result(self) -> Path:
@@ -74,10 +75,14 @@ class JobDirectory:
         return self.path / "inputs" / f"{kind}{original.suffix.lower()[:10]}"
 
     def stored_plan(self) -> Plan | None:
-        """The plan of an earlier start of this job."""
-        if not self.plan.exists():
+        """The plan of an earlier start of this job; None where there is none, or it is damaged."""
+        try:
+            return Plan.from_json(json.loads(self.plan.read_text()))
+        except FileNotFoundError:
             return None
-        return Plan.from_json(json.loads(self.plan.read_text()))
+        except (ValueError, InvalidRequest) as error:
+            log.warning("the stored plan is damaged and made again: %s", error, extra={"job": self.name})
+            return None
 
     def write_json(self, path: Path, value: Any) -> None:
         """Write atomically."""
@@ -88,8 +93,7 @@ class JobDirectory:
     def locked(self) -> Iterator[None]:
         """Hold the job: a second process on the same directory gets an ``InvalidRequest``."""
         with storage_errors(self.path):
-            for folder in (self.path / "inputs", self.path / "segments"):
-                folder.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
             lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -97,6 +101,9 @@ class JobDirectory:
             os.close(lock)
             raise InvalidRequest("job", f"{self.path} is being rendered by another process") from None
         try:
+            with storage_errors(self.path):
+                for folder in (self.path / "inputs", self.path / "segments"):
+                    folder.mkdir(parents=True, exist_ok=True)
             yield
         finally:
             shutil.rmtree(self.work, ignore_errors=True)
@@ -110,10 +117,19 @@ class JobDirectory:
                 shutil.copyfile(original, partial)
         return copy
 
+    @property
+    def has_segments(self) -> bool:
+        """Whether anything is kept that another start need not render again."""
+        return any(self.path.glob("segments/[0-9]*"))
+
+    def forget_segments(self) -> None:
+        """Delete all finished segments."""
+        shutil.rmtree(self.path / "segments", ignore_errors=True)
+
     def remove(self) -> None:
         """Delete the job, and its parent when nothing else is in it."""
         shutil.rmtree(self.path, ignore_errors=True)
-        if not any(self.path.parent.iterdir()):
+        with contextlib.suppress(OSError):  # another job lives there too
             self.path.parent.rmdir()
 
 
@@ -124,9 +140,9 @@ def job_id(request: RenderRequest, engine: str, graph: str) -> str:
     Raises ``InvalidRequest`` for a file that can't be read.
     """
     digest = hashlib.sha256()
-    shape = request.model_dump(mode="json", exclude={"image", "video", "audio"})
-    digest.update(json.dumps([shape, engine, graph], sort_keys=True).encode())
-    for field, path in ((request.input_type, request.picture), ("audio", request.audio)):
+    shape = request.model_dump(mode="json", exclude={*request.files, "seam", "fps"})
+    digest.update(json.dumps([shape, list(request.files), engine, graph], sort_keys=True).encode())
+    for field, path in request.files.items():
         try:
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -145,6 +161,8 @@ def finished(path: Path) -> Iterator[Path]:
         with storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield partial
+            with partial.open("rb") as written:
+                os.fsync(written.fileno())  # or a power cut leaves the name without the content
             partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

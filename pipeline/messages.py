@@ -29,6 +29,10 @@ class Recipe:
     width: int
     height: int
     motion: int
+    negative: str = ""
+    """The negative prompt, for workflows that take one."""
+    presets: tuple[tuple[str, object], ...] = ()
+    """Slots whose value the request gives in place of the workflow's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +54,31 @@ class SegmentTask:
     portraits: tuple[bytes, ...]
     """PNG of the picture that conditions each window; one for all, or one for each."""
     speech: tuple[bytes, ...]
-    """WAV of each window's own time (16 kHz mono), sample 0 at the window's frame 0."""
+    """WAV of each window's own time (16 kHz mono); its first sample is ``context`` frames before the
+    window's frame 0."""
     attempt: int = 1
+    context: tuple[int, ...] = ()
+    """Frames of each window's speech that lie before it; none for workflows without such a slot."""
+    speech_2: tuple[bytes, ...] = ()
+    """The same times of the second speaker's track."""
+    masks: tuple[bytes, ...] = ()
+    """PNG of where each of two speakers is, white on black."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRuns:
+    """How often the nodes of one class ran, and how often the engine still had their output."""
+
+    ran: int = 0
+    cached: int = 0
+
+    def __add__(self, other: NodeRuns) -> NodeRuns:
+        return NodeRuns(self.ran + other.ran, self.cached + other.cached)
 
 
 @dataclass(frozen=True, slots=True)
 class RenderedSegment:
-    """A finished segment: its three files as bytes, and how long each window took."""
+    """A finished segment: its three files as bytes, how long each window took, and what ran for it."""
 
     index: int
     lane: int
@@ -64,6 +86,8 @@ class RenderedSegment:
     attempt: int
     files: dict[str, Blob]
     window_seconds: tuple[float, ...]
+    nodes: dict[str, NodeRuns]
+    """By node class."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +110,7 @@ class RendererInfo:
     node: str
     engine: str
     engine_version: str
+    profile: str
     port: int
     pid: int
     engine_pid: int

@@ -18,7 +18,8 @@ from pathlib import Path
 from pipeline.errors import ConfigurationError
 
 
-def _is_free(port: int) -> bool:
+def is_free(port: int) -> bool:
+    """Whether nobody listens on ``port`` of 127.0.0.1."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(
             socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
@@ -45,7 +46,7 @@ def reserved_port(first: int, last: int, skip: frozenset[int] = frozenset()) -> 
         lock = os.open(folder / str(port), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            taken = not _is_free(port)
+            taken = not is_free(port)
         except BlockingIOError:
             taken = True
         if taken:

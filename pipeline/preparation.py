@@ -1,58 +1,96 @@
-"""What a job needs before it can be rendered: the fitted picture, the model's speech, and the tasks.
+"""What a job needs before it can be rendered: fitted pictures, the model's speech, and the tasks.
 
-Uses ``portrait``, ``source_video`` and ``speech``; where segments begin and end is ``plan``'s business.
+Uses ``portrait``, ``source_video``, ``masks`` and ``speech``; where segments begin and end is ``plan``'s
+business.
 """
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
+from pipeline.errors import InvalidRequest
 from pipeline.job import JobDirectory, finished
+from pipeline.masks import speaker_masks
 from pipeline.messages import Recipe, SegmentTask
 from pipeline.plan import Plan, Segment
-from pipeline.portrait import prepare_portrait
+from pipeline.portrait import Size, prepare_portrait
 from pipeline.request import RenderRequest
+from pipeline.sound import WHOLE, Part, make_track, mix_tracks
 from pipeline.source_video import SourceVideo
 from pipeline.speech import Speech, cut_speech, prepare_speech
+from pipeline.timeline import FPS, SPEECH_RATE, frames_of
 from pipeline.workflow import Workflow
 
-SPEECH_AFTER_WINDOW = 64
-"""Frames of speech past a window's end that the audio encoder hears too: its position convolution
-reaches 2.56 s, 64 frames."""
+SPEECH_MARGIN = 64
+"""Frames of speech around a window that the audio encoder hears too: its position convolution reaches
+2.56 s, 64 frames.  Those before the window need a workflow that can say where the window begins."""
 
 
 @dataclass(frozen=True, slots=True)
 class Preparation:
     """The prepared inputs of one job."""
 
-    speech: Speech
+    speech: tuple[Speech, ...]
+    """What the model hears of each speaker, all on the job's clock."""
     portrait: Path | None
     """The fitted picture; None where a source video conditions each window."""
     video: SourceVideo | None
-    sound: Path
-    """The caller's own track, for the result."""
+    sounds: tuple[Path, ...]
+    """The caller's own tracks, for the result."""
+    in_turns: bool
+    masks: tuple[bytes, ...]
+    """Of two speakers, PNG."""
     width: int
     height: int
     total_frames: int
+    duration: Fraction
+    """Seconds of the sound, or of the frames where those are fewer."""
+    part: Part = WHOLE
+    """Of the caller's sound."""
+
+    def frames_at(self, fps: int) -> int:
+        """Frames of a result with ``fps`` a second: ``round(duration * fps)``, half up."""
+        return frames_of(self.duration.numerator, self.duration.denominator, fps)
+
+    def make_sound(self, target: Path, stop: threading.Event | None = None) -> tuple[Path, int]:
+        """The sound of the result, as a stream ``(path, index)``; ``target`` is for what has to be encoded.
+
+        ``stop`` ends the encoding early, as an error.
+        Raises ``InvalidRequest``, ``MediaError``, ``StorageError``.
+        """
+        if len(self.sounds) == 1:
+            return make_track(self.sounds[0], self.total_frames, target, self.part, stop)
+        return mix_tracks(self.sounds, self.in_turns, self.total_frames, target, stop)
 
     def recipe(self, request: RenderRequest, job: str, workflow: Workflow, plan: Plan) -> Recipe:
         """What all segments share."""
+        steps = request.sampler_steps
+        presets = ("shift", "audio_scale", "lora", "lora_strength")
+        given = {name: getattr(request, name) for name in presets}
         return Recipe(
             job=job,
             workflow=workflow,
             prompt=request.prompt,
             seed=request.seed,
-            steps=workflow.default("steps") if request.steps is None else request.steps,
+            steps=workflow.default("steps") if steps is None else steps,
             width=self.width,
             height=self.height,
             motion=plan.motion,
+            negative=request.negative_prompt,
+            presets=tuple((name, value) for name, value in given.items() if value is not None),
         )
 
     def task(self, recipe: Recipe, plan: Plan, segment: Segment, attempt: int) -> SegmentTask:
         """One segment with its pictures and its speech, window by window."""
         starts = window_starts(segment, plan.motion)
         overlaps = (0, *plan.overlaps, 0)
+        context: tuple[int, ...] = ()
+        if recipe.workflow.has("context"):
+            context = tuple(min(SPEECH_MARGIN, start) for start in starts)
+        speech = [self._cuts(track, starts, segment.windows, context) for track in self.speech]
         return SegmentTask(
             recipe=recipe,
             index=segment.index,
@@ -63,12 +101,26 @@ class Preparation:
             head=overlaps[segment.index],
             tail=overlaps[segment.index + 1],
             portraits=self._pictures(starts),
-            speech=tuple(
-                cut_speech(self.speech.path, start, length, SPEECH_AFTER_WINDOW)
-                for start, length in zip(starts, segment.windows, strict=True)
-            ),
+            speech=speech[0],
             attempt=attempt,
+            context=context,
+            speech_2=speech[1] if len(speech) > 1 else (),
+            masks=self.masks,
         )
+
+    @staticmethod
+    def _cuts(
+        track: Speech, starts: list[int], windows: tuple[int, ...], context: tuple[int, ...]
+    ) -> tuple[bytes, ...]:
+        cuts = []
+        for number, (start, length) in enumerate(zip(starts, windows, strict=True)):
+            if not context:
+                cuts.append(cut_speech(track.path, start, length, SPEECH_MARGIN))
+                continue
+            # A frame more: the encoder's own counting loses the last one to rounding now and then.
+            before = context[number]
+            cuts.append(cut_speech(track.path, start - before, before + length + 1, SPEECH_MARGIN - 1))
+        return tuple(cuts)
 
     def _pictures(self, starts: list[int]) -> tuple[bytes, ...]:
         if self.portrait is not None:
@@ -95,22 +147,58 @@ def prepare(request: RenderRequest, job: JobDirectory) -> Preparation:
     Raises ``InvalidRequest`` naming the field, ``StorageError``.
     """
     # The caller's own files are read first, so that errors name them; the copies serve a later start.
+    sounds = {"sound": request.audio} | ({} if request.audio_2 is None else {"sound_2": request.audio_2})
+    originals = {kind: _copy_or_original(job, kind, path) for kind, path in sounds.items()}
+    part = Part(request.audio_start, request.audio_end)
+    speech, duration = _speech(request, job, list(originals.values()), part)
+    total = frames_of(duration.numerator, duration.denominator)
+    if request.max_frames is not None and request.max_frames < total:
+        total, duration = request.max_frames, Fraction(request.max_frames, FPS)
+    video, source, size = _picture(request, job)
+    masks: tuple[bytes, ...] = ()
+    if request.audio_2 is not None:
+        given = {name: _copy_or_original(job, name, path) for name, path in _mask_files(request).items()}
+        masks = speaker_masks(request.model_copy(update=given), source, size)
+        for name, path in given.items():
+            job.take_input(name, path)
+    kept = tuple(job.take_input(kind, path) for kind, path in originals.items())
+    in_turns = request.audio_order == "in_turns"
+    portrait = None if video else job.portrait
+    return Preparation(speech, portrait, video, kept, in_turns, masks, *size, total, duration, part)
+
+
+def _speech(
+    request: RenderRequest, job: JobDirectory, sounds: list[Path], part: Part
+) -> tuple[tuple[Speech, ...], Fraction]:
+    """The track of each speaker on the job's clock, and the seconds that all of them last."""
+    first = prepare_speech(sounds[0], job.speech, part=part)
+    if len(sounds) == 1:
+        return (first,), first.source_seconds
+    lead = round(first.source_seconds * SPEECH_RATE) if request.audio_order == "in_turns" else 0
+    try:
+        second = prepare_speech(sounds[1], job.speech_2, lead)
+    except InvalidRequest as error:
+        raise InvalidRequest("audio_2", error.reason) from error
+    ends = (round(first.source_seconds * SPEECH_RATE), lead + round(second.source_seconds * SPEECH_RATE))
+    return (first, second), Fraction(max(ends), SPEECH_RATE)
+
+
+def _picture(request: RenderRequest, job: JobDirectory) -> tuple[SourceVideo | None, Size, Size]:
+    """The source video, if that is what was given; the size of the picture as given, and the fitted one."""
     picture = _copy_or_original(job, "picture", request.picture)
-    sound = _copy_or_original(job, "sound", request.audio)
-    speech = prepare_speech(sound, job.speech)
-    total = speech.frames if request.max_frames is None else min(speech.frames, request.max_frames)
-    video: SourceVideo | None = None
     if request.video is not None:
         video = SourceVideo.opened(picture)
-        fitted = video.fitted_size(request.width, request.height)
-        video = SourceVideo.opened(job.take_input("picture", picture))
-    else:
-        content, fitted = prepare_portrait(picture, request.width, request.height)
-        with finished(job.portrait) as partial:
-            partial.write_bytes(content)
-        job.take_input("picture", picture)
-    kept = job.take_input("sound", sound)
-    return Preparation(speech, None if video else job.portrait, video, kept, *fitted, total)
+        size = video.fitted_size(*request.wanted_size, request.area)
+        return SourceVideo.opened(job.take_input("picture", picture)), video.size, size
+    portrait = prepare_portrait(picture, *request.wanted_size, request.area)
+    with finished(job.portrait) as partial:
+        partial.write_bytes(portrait.png)
+    job.take_input("picture", picture)
+    return None, portrait.source, portrait.size
+
+
+def _mask_files(request: RenderRequest) -> dict[str, Path]:
+    return {name: path for name, path in request.files.items() if name.startswith("mask_")}
 
 
 def _copy_or_original(job: JobDirectory, kind: str, original: Path) -> Path:

@@ -1,96 +1,40 @@
 """The story of one video: prepare, plan, render every segment, join.
 
-``render_video`` tells it; ``render_all`` is the part that maps segments to renderers.  Renderers are
-behind a protocol, so this runs with Ray actors and, in tests, with threads.  No Ray, no HTTP, no drawing.
+Which renderer takes which segment is ``dispatch``'s business.  No Ray, no HTTP, no drawing.
 """
 
 from __future__ import annotations
 
 import logging
+import shutil
+import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TypeVar
 
+from pipeline.dispatch import Renderers, render_all
 from pipeline.engine import EngineKind
-from pipeline.errors import PipelineError, RendererLost, RenderFailed, StorageError
+from pipeline.errors import MediaError
 from pipeline.job import JobDirectory, storage_errors
-from pipeline.messages import RenderedSegment, RendererInfo, SegmentProgress, SegmentTask
+from pipeline.messages import NodeRuns, RendererInfo, SegmentProgress, SegmentTask
 from pipeline.plan import Plan, Segment, calculate_segments
 from pipeline.preparation import Preparation, prepare
 from pipeline.progress import JobProgress, SegmentState
 from pipeline.request import RenderRequest
-from pipeline.seam import SeamReport
+from pipeline.result import RenderResult
 from pipeline.segment_files import SegmentFiles
-from pipeline.sound import make_track
 from pipeline.stitch import stitch
-from pipeline.timeline import FPS, seconds_of
 from pipeline.workflow import Workflow
-
-TICK_SECONDS = 0.25
-"""How often progress is asked for while nothing finishes."""
 
 log = logging.getLogger(__name__)
 
 OnProgress = Callable[[JobProgress], None]
-
-
-class Renderers(Protocol):
-    """Lanes that take one segment at a time; a lane whose renderer is lost gets a new one."""
-
-    def start(self) -> Sequence[RendererInfo]:
-        """Wait until the engines answer; one entry for each lane, lane 0 first."""
-
-    def submit(self, task: SegmentTask, lane: int) -> Future[RenderedSegment]:
-        """Render on a lane; fails with ``RendererLost`` where another try makes sense."""
-
-    def progress(self) -> Sequence[SegmentProgress]:
-        """How far the segments in work are."""
-
-    def cancel(self) -> None:
-        """Stop what is in work and wait for it."""
-
-
-@dataclass(frozen=True, slots=True)
-class RenderResult:
-    """What a job gives; ``as_dict`` is the object of the API and of ``--json``."""
-
-    job: str
-    video_path: str
-    engine: str
-    gpu_count: int
-    segments_processed: int
-    frames: int
-    width: int
-    height: int
-    seams: tuple[SeamReport, ...]
-    timings: dict[str, float] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        plural = "" if self.gpu_count == 1 else "s"
-        return {
-            "success": True,
-            "video_path": self.video_path,
-            "gpu_count": self.gpu_count,
-            "segments_processed": self.segments_processed,
-            "message": f"video created successfully using {self.gpu_count} GPU{plural}"
-            + (" (draft engine: a preview, not the model)" if self.engine == "draft" else ""),
-            "engine": self.engine,
-            "job": self.job,
-            "frames": self.frames,
-            "fps": FPS,
-            "duration": seconds_of(self.frames),
-            "width": self.width,
-            "height": self.height,
-            "seams": [asdict(seam) for seam in self.seams],
-            "timings": {name: round(seconds, 3) for name, seconds in self.timings.items()},
-        }
+T = TypeVar("T")
 
 
 def render_video(
@@ -118,13 +62,15 @@ def render_video(
         with storage_errors(job.work):
             job.work.mkdir(exist_ok=True)
         clock.lap("prepare")
-        with ThreadPoolExecutor(1, thread_name_prefix="sound") as background:
+        with _in_background(partial(prepared.make_sound, job.work / "sound.mp4")) as track:
             # The whole track is encoded while the GPUs render.
-            track = background.submit(
-                make_track, prepared.sound, prepared.total_frames, job.work / "sound.mp4"
-            )
+            def watched(progress: JobProgress) -> None:
+                if track.done():
+                    track.result()  # its error is told now, not after the last window
+                on_progress(progress)
+
             if (known := job.stored_plan()) and not _missing(known, job):
-                plan, used = known, {segment.gpu for segment in known.segments}
+                plan, done = known, _Done({segment.gpu for segment in known.segments})
             else:
                 on_progress(JobProgress(job.name, "starting"))
                 with open_renderers() as renderers:
@@ -133,35 +79,47 @@ def render_video(
                     clock.lap("start")
                     plan = known or _plan(request, prepared, len(infos), make_plan)
                     if known is None:
+                        job.forget_segments()  # of a plan that is gone
                         job.write_json(job.plan, plan.to_json())
                     _log_plan(plan, job)
                     recipe = prepared.recipe(request, job.name, workflow, plan)
                     task_for = partial(prepared.task, recipe, plan)
-                    used = _render_missing(
-                        job, plan, task_for, renderers, len(infos), max_attempts, on_progress
-                    )
+                    done = _render_missing(job, plan, task_for, renderers, len(infos), max_attempts, watched)
                     clock.lap("render")
             on_progress(JobProgress(job.name, "joining", 0, _states(plan, job, {}, {})))
             files = [SegmentFiles.in_folder(job.segment(segment.index)) for segment in plan.segments]
-            seams = stitch(plan, files, track.result(), target, job.work)
+            shown = prepared.frames_at(request.fps)
+            seams = stitch(
+                plan,
+                files,
+                track.result(),
+                target,
+                job.work,
+                fps=request.fps,
+                shown=shown,
+                seam=request.seam,
+                speech=[track.path for track in prepared.speech],
+            )
         clock.lap("join")
         result = RenderResult(
             job.name,
             str(target),
             engine,
-            len(used),
+            len(done.lanes),
             len(plan.segments),
-            plan.total_frames,
+            shown,
             prepared.width,
             prepared.height,
             seams,
             clock.laps(),
+            done.nodes,
+            request.fps,
         )
         job.write_json(job.result, result.as_dict())
         log.info(
             "%s processing finished successfully, GPUs used: %d",
-            "multi-GPU" if len(used) > 1 else "single-GPU",
-            len(used),
+            "multi-GPU" if len(done.lanes) > 1 else "single-GPU",
+            len(done.lanes),
             extra={
                 "job": job.name,
                 "engine": engine,
@@ -171,6 +129,18 @@ def render_video(
         )
         on_progress(JobProgress(job.name, "finished", 0, _states(plan, job, {}, {})))
         return result
+
+
+@contextmanager
+def _in_background(work: Callable[[threading.Event], T]) -> Iterator[Future[T]]:
+    """Do ``work`` in a thread; whatever ends the block early sets its event, and waits for it."""
+    stop = threading.Event()
+    with ThreadPoolExecutor(1, thread_name_prefix="background") as thread:
+        try:
+            yield thread.submit(work, stop)
+        except BaseException:
+            stop.set()
+            raise
 
 
 def _plan(
@@ -187,7 +157,20 @@ def _plan(
 
 
 def _missing(plan: Plan, job: JobDirectory) -> list[Segment]:
-    return [segment for segment in plan.segments if not job.segment(segment.index).exists()]
+    return [segment for segment in plan.segments if not _is_finished(job.segment(segment.index))]
+
+
+def _is_finished(folder: Path) -> bool:
+    """Whether a segment is there and whole; a damaged one is rendered again."""
+    if not folder.exists():
+        return False
+    try:
+        SegmentFiles.in_folder(folder)
+    except MediaError as error:
+        log.warning("a kept segment is damaged and rendered again: %s", error)
+        shutil.rmtree(folder)
+        return False
+    return True
 
 
 def _render_missing(
@@ -198,112 +181,42 @@ def _render_missing(
     lanes: int,
     max_attempts: int,
     on_progress: OnProgress,
-) -> set[int]:
-    """Render what is not there yet, storing each segment as it comes; the lanes that did something."""
+) -> _Done:
+    """Render what is not there yet, storing each segment as it comes."""
     seconds: dict[int, tuple[float, ...]] = {}
-    used: set[int] = set()
+    done = _Done()
 
     def tick(on_lanes: dict[int, int]) -> None:
         running = {seen.index: seen for seen in renderers.progress()}
         on_progress(JobProgress(job.name, "rendering", lanes, _states(plan, job, on_lanes, running, seconds)))
 
-    for done in render_all(_missing(plan, job), task_for, renderers, lanes, max_attempts, tick):
-        with storage_errors(job.segment(done.index)):
-            SegmentFiles.store(job.segment(done.index), done.files)
-        seconds[done.index] = done.window_seconds
-        used.add(done.lane)
+    for rendered in render_all(_missing(plan, job), task_for, renderers, max_attempts, tick):
+        with storage_errors(job.segment(rendered.index)):
+            SegmentFiles.store(job.segment(rendered.index), rendered.files)
+        seconds[rendered.index] = rendered.window_seconds
+        done.lanes.add(rendered.lane)
+        for name, runs in rendered.nodes.items():
+            done.nodes[name] = done.nodes.get(name, NodeRuns()) + runs
         log.info(
             "segment %d processed successfully",
-            done.index,
+            rendered.index,
             extra={
                 "job": job.name,
-                "segment": done.index,
-                "gpu": done.lane,
-                "node": done.node,
-                "attempt": done.attempt,
+                "segment": rendered.index,
+                "gpu": rendered.lane,
+                "node": rendered.node,
+                "attempt": rendered.attempt,
             },
         )
-        tick({})
-    return used
+    return done
 
 
 @dataclass(frozen=True, slots=True)
-class _Attempt:
-    segment: Segment
-    number: int = 1
-    lost_on: frozenset[int] = frozenset()
+class _Done:
+    """What the renderers did for this start of a job."""
 
-
-def render_all(
-    segments: Sequence[Segment],
-    task_for: Callable[[Segment, int], SegmentTask],
-    renderers: Renderers,
-    lanes: int,
-    max_attempts: int,
-    tick: Callable[[dict[int, int]], None],
-) -> Iterator[RenderedSegment]:
-    """Yield segments as they finish: longest first, each on its planned lane, or on any that is idle.
-
-    A segment whose renderer is lost gets another try on another lane, ``max_attempts`` in all; a lane
-    that lost that many in a row is left alone.  Any other error ends the job: ``RenderFailed`` with the
-    segment and what its renderer said.  Whatever ends the iteration cancels what is still in work.
-
-    ``tick`` gets the segments in work and their lanes several times a second.
-    """
-    waiting = [_Attempt(segment) for segment in segments]
-    running: dict[Future[RenderedSegment], tuple[_Attempt, int]] = {}
-    losses: Counter[int] = Counter()
-    try:
-        while waiting or running:
-            busy = {lane for _, lane in running.values()}
-            for lane in range(lanes):
-                if lane in busy or losses[lane] >= max_attempts:
-                    continue
-                if chosen := _choose(waiting, lane, lanes):
-                    waiting.remove(chosen)
-                    task = task_for(chosen.segment, chosen.number)
-                    running[renderers.submit(task, lane)] = (chosen, lane)
-            done, _ = wait(running, timeout=TICK_SECONDS, return_when=FIRST_COMPLETED)
-            tick({attempt.segment.index: lane for attempt, lane in running.values()})
-            for future in done:
-                attempt, lane = running.pop(future)
-                try:
-                    rendered = future.result()
-                except RendererLost as lost:
-                    losses[lane] += 1
-                    waiting.append(_another_try(attempt, lane, lost, max_attempts))
-                    if all(losses[other] >= max_attempts for other in range(lanes)):
-                        raise RenderFailed(
-                            attempt.segment.index, f"no renderer is left; {lost.reason}"
-                        ) from lost
-                except StorageError:
-                    raise
-                except PipelineError as error:
-                    raise RenderFailed(attempt.segment.index, f"GPU {lane}: {error}") from error
-                else:
-                    losses[lane] = 0
-                    yield rendered
-    finally:
-        if running:
-            renderers.cancel()
-
-
-def _choose(waiting: Sequence[_Attempt], lane: int, lanes: int) -> _Attempt | None:
-    """The longest segment planned for this lane, else the longest of all; not one that was lost here."""
-    fit = [a for a in waiting if lane not in a.lost_on or len(a.lost_on) >= lanes]
-    return max(fit, key=lambda a: (a.segment.gpu == lane, a.segment.rendered, -a.segment.index), default=None)
-
-
-def _another_try(attempt: _Attempt, lane: int, lost: RendererLost, max_attempts: int) -> _Attempt:
-    if attempt.number >= max_attempts:
-        raise RenderFailed(attempt.segment.index, f"lost {attempt.number} renderers; {lost.reason}") from lost
-    log.warning(
-        "segment %d lost its renderer and gets another try: %s",
-        attempt.segment.index,
-        lost.reason,
-        extra={"segment": attempt.segment.index, "gpu": lane, "attempt": attempt.number + 1},
-    )
-    return _Attempt(attempt.segment, attempt.number + 1, attempt.lost_on | {lane})
+    lanes: set[int] = field(default_factory=set)
+    nodes: dict[str, NodeRuns] = field(default_factory=dict)
 
 
 def _states(
@@ -345,7 +258,13 @@ def _log_devices(infos: Sequence[RendererInfo]) -> None:
             info.lane,
             info.device,
             info.memory_gb,
-            extra={"gpu": info.lane, "node": info.node, "engine": info.engine, "port": info.port},
+            extra={
+                "gpu": info.lane,
+                "node": info.node,
+                "engine": f"{info.engine} {info.engine_version}".strip(),
+                "profile": info.profile,
+                "port": info.port,
+            },
         )
 
 

@@ -39,18 +39,22 @@ class Settings(BaseModel):
     """The folder of the weights; default: the checkout's ``models``."""
     comfyui_args: str = ""
     """More flags for ComfyUI, as on a command line (``--lowvram``)."""
+    node_pack: bool = True
+    """Whether engines load our own nodes (``workflows/comfyui_nodes``); without them: one speaker only."""
     draft_args: str = ""
     """More flags for the draft engine (``python -m pipeline.draft --help``)."""
     ports: str = "8188-8699"
     """Engines take the first free port of this range, both ends included."""
     ready_seconds: float = Field(default=300, gt=0)
     """How long an engine may take to answer after its start."""
+    profile: str = "auto"
+    """How much is kept on the GPU (``pipeline.profiles``); auto goes by the GPU's memory."""
     silent_seconds: float = Field(default=120, gt=0)
     """How long an engine may leave every question unanswered before it counts as dead."""
     max_attempts: int = Field(default=3, ge=1)
     """How many renderers one segment may lose before the job fails."""
-    scratch_dir: Path = Path(tempfile.gettempdir())
-    """Where engines keep their base directories, and logs; local to each node."""
+    scratch_dir: Path | None = None
+    """Where engines keep their base directories, and logs; default: each node's own folder for such."""
     ray_address: str = "local"
     """``local`` starts Ray on this machine; ``auto`` or ``HOST:PORT`` joins a running cluster."""
 
@@ -62,6 +66,17 @@ class Settings(BaseModel):
         if not numbers or not 1024 <= int(first) <= int(last) <= 65535:
             raise ValueError(f"{text!r} is no range of ports such as 8188-8699")
         return text
+
+    @field_validator("comfyui_args", "draft_args")
+    @classmethod
+    def _arguments_can_be_split(cls, text: str) -> str:
+        shlex.split(text)
+        return text
+
+    @property
+    def scratch(self) -> Path:
+        """``scratch_dir``, or this machine's own folder for temporary files."""
+        return (self.scratch_dir or Path(tempfile.gettempdir())).resolve()
 
     @property
     def port_range(self) -> tuple[int, int]:
@@ -83,7 +98,7 @@ class Settings(BaseModel):
             if first["type"] == "extra_forbidden":
                 known = ", ".join(PREFIX + field.upper() for field in cls.model_fields)
                 raise ConfigurationError(f"{name} is not a setting; the settings are {known}") from None
-            raise ConfigurationError(f"{name}: {first['msg']}") from None
+            raise ConfigurationError(f"{name}: {first['msg'].removeprefix('Value error, ')}") from None
 
     @property
     def comfyui_flags(self) -> list[str]:

@@ -6,14 +6,17 @@ decoded samples: headers of VBR mp3 and raw AAC are wrong by up to 9 %.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import av
 import av.error
+import numpy as np
 
 from pipeline import ffmpeg
 from pipeline.errors import InvalidRequest
@@ -22,8 +25,22 @@ from pipeline.timeline import FPS, frames_of
 COPIED = frozenset({"aac", "mp3"})
 """Codecs that go into the mp4 untouched: every browser plays these in mp4 (not so FLAC, Opus, ALAC)."""
 
+MIX_RATE = 48_000
+"""Samples per second of a mix."""
+
 _LEAST_COPIED_RATE = 16_000  # mp4 has no code for MPEG-2.5 mp3, which is what is below
 _SLACK_SECONDS = 0.002  # Matroska's clock ticks in milliseconds
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of a sound in seconds; without an end to the sound's own."""
+
+    start: float = 0.0
+    end: float | None = None
+
+
+WHOLE = Part()
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +54,13 @@ class Track:
     rate: int
     channels: int
     samples: int
+    """Of the part that was asked for."""
     even: bool
     """Starts with the file and runs without a gap or damage, so that copied packets keep its time."""
+    first: int = 0
+    """The sample of the source where the part starts."""
+    cut: bool = False
+    """Whether something of the source is left out."""
 
     @property
     def seconds(self) -> float:
@@ -47,18 +69,22 @@ class Track:
 
     def copyable(self, total_frames: int) -> bool:
         """Whether a video of ``total_frames`` can carry the stream as it is."""
-        whole = frames_of(self.samples, self.rate) <= total_frames
+        whole = not self.cut and frames_of(self.samples, self.rate) <= total_frames
         return whole and self.even and self.codec in COPIED and self.rate >= _LEAST_COPIED_RATE
 
 
 class SoundReader:
-    """Decodes the best audio stream of a file, as a context manager; iterate over it once.
+    """Decodes the best audio stream of a file, or a part of it, as a context manager; iterate over it once.
 
-    Damaged packets are skipped, as players do.  Raises ``InvalidRequest("audio", ...)``.
+    Everything before the part is decoded too: seeking is not exact in every format.  Damaged packets are
+    skipped, as players do.  Raises ``InvalidRequest("audio", ...)``, and ``audio_start`` or ``audio_end``
+    for a part that is not there.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.samples = 0
+    def __init__(self, path: Path, part: Part = WHOLE) -> None:
+        self.samples = self.first = 0
+        self.cut = part.start > 0
+        self._part = part
         self.rate = 0
         self.channels = 0
         self.even = True
@@ -84,31 +110,44 @@ class SoundReader:
 
     def __iter__(self) -> Iterator[av.AudioFrame]:
         last: av.AudioFrame | None = None
+        position, stop = 0, None
         for frame in self._decode():
             if not self.rate:
                 self.rate, self.channels = frame.sample_rate, len(frame.layout.channels)
                 start = (self._container.start_time or 0) / 1_000_000
-                self._first = frame.time if frame.time is not None else start
-                self.even &= abs(self._first - start) < _SLACK_SECONDS
+                began = frame.time if frame.time is not None else start
+                self.even &= abs(began - start) < _SLACK_SECONDS
+                self.first = round(self._part.start * self.rate)
+                stop = None if self._part.end is None else round(self._part.end * self.rate)
             elif frame.sample_rate != self.rate:
                 raise InvalidRequest("audio", f"{self._path} changes its sample rate on the way")
             if frame.time is not None:
-                expected = self._first + self.samples / self.rate
-                self.even &= abs(frame.time - expected) < _SLACK_SECONDS
-            self.samples += frame.samples
+                self.even &= abs(frame.time - (began + position / self.rate)) < _SLACK_SECONDS
             last = frame
-            yield frame
-        if last is None:
-            raise InvalidRequest("audio", f"{self._path} has no sound that can be decoded")
-        # AAC fills its last packet up; mp4 and Matroska keep how much of it is sound.
-        if last.duration and last.time_base is not None:
-            lasting = round(last.duration * last.time_base * self.rate)
-            if last.samples - lasting > _SLACK_SECONDS * self.rate:
-                self.samples -= last.samples - lasting
+            before, position = position, position + frame.samples
+            if position > self.first:
+                yield _part_of(frame, self.first - before, frame.samples if stop is None else stop - before)
+            if stop is not None and position > stop:
+                position, self.cut = stop, True
+                break
+        else:
+            if last is None:
+                raise InvalidRequest("audio", f"{self._path} has no sound that can be decoded")
+            # AAC fills its last packet up; mp4 and Matroska keep how much of it is sound.
+            if last.duration and last.time_base is not None:
+                lasting = round(last.duration * last.time_base * self.rate)
+                if last.samples - lasting > last.time_base * self.rate:  # more than its clock rounds
+                    position -= last.samples - lasting
+        for field, sample in (("audio_start", self.first + 1), ("audio_end", stop or 0)):
+            if sample > position + self.rate // FPS:
+                length = f"{position / self.rate:.3f} s"
+                raise InvalidRequest(field, f"{self._path} is over after {length}")
+        self.samples = max(position - self.first, 0)
 
     def track(self) -> Track:
         """What is known after the iteration."""
-        return Track(self._path, self.index, self.codec, self.rate, self.channels, self.samples, self.even)
+        known = (self._path, self.index, self.codec, self.rate, self.channels, self.samples, self.even)
+        return Track(*known, self.first, self.cut)
 
     def _decode(self) -> Iterator[av.AudioFrame]:
         try:
@@ -122,7 +161,7 @@ class SoundReader:
                     assert isinstance(frame, av.AudioFrame)
                     yield frame
         except av.error.FFmpegError as error:
-            if not self.samples:
+            if not self.rate:
                 raise InvalidRequest("audio", f"{self._path} can't be decoded: {error}") from error
             self.even = False
 
@@ -135,28 +174,78 @@ class SoundReader:
         self._container.close()
 
 
-def measure(path: Path) -> Track:
+def _part_of(frame: av.AudioFrame, start: int, stop: int) -> av.AudioFrame:
+    """The samples ``[start, stop)`` of a frame, as far as it has them."""
+    start, stop = max(start, 0), min(stop, frame.samples)
+    if (start, stop) == (0, frame.samples):
+        return frame
+    width = 1 if frame.format.is_planar else len(frame.layout.channels)  # values that a sample has in a row
+    values: Any = np.ascontiguousarray(frame.to_ndarray()[:, start * width : stop * width])
+    part = av.AudioFrame.from_ndarray(values, format=frame.format.name, layout=frame.layout.name)
+    part.sample_rate = frame.sample_rate
+    return part
+
+
+def measure(path: Path, part: Part = WHOLE) -> Track:
     """Decode the sound of a file to its end and count (1 hour: some seconds).  Raises ``InvalidRequest``."""
-    with SoundReader(path) as reader:
+    with SoundReader(path, part) as reader:
         for _ in reader:
             pass
         return reader.track()
 
 
-def make_track(path: Path, total_frames: int, target: Path) -> tuple[Path, int]:
+def make_track(
+    path: Path,
+    total_frames: int,
+    target: Path,
+    part: Part = WHOLE,
+    stop: threading.Event | None = None,
+) -> tuple[Path, int]:
     """The stream ``(path, index)`` that a video of ``total_frames`` carries: the user's whole track.
 
-    It is the user's own stream where mp4 players take it, else AAC in ``target``.  A track that is longer
-    than the video (``max_frames``) is encoded too and ends with the video, to the sample.
+    It is the user's own stream where mp4 players take it, else AAC in ``target``.  A ``part``, and a track
+    that is longer than the video (``max_frames``), is encoded too: it starts and ends to the sample.
     Raises ``InvalidRequest``, ``MediaError``, ``StorageError``.
     """
-    track = measure(path)
+    track = measure(path, part)
     if track.copyable(total_frames):
         return path, track.index
     # A reader that ignores edit lists hears AAC's priming: 21 ms at 48 kHz, three times that at 16 kHz.
     rate = 44_100 if track.rate % 11_025 == 0 else 48_000
     channels = track.channels if track.channels in (1, 2, 6) else 2
     capped = frames_of(track.samples, track.rate) > total_frames
-    samples = total_frames * (rate // FPS) if capped else None
-    ffmpeg.encode_sound((path, track.index), target, rate, channels, samples)
+    # What was counted, no more: ffmpeg's own decoding leaves some padding of AAC in.
+    samples = total_frames * (rate // FPS) if capped else round(Fraction(track.samples * rate, track.rate))
+    ffmpeg.encode_sound(
+        (path, track.index), target, rate, channels, first=track.first, samples=samples, stop=stop
+    )
+    return target, 0
+
+
+def mix_tracks(
+    paths: Sequence[Path],
+    in_turns: bool,
+    total_frames: int,
+    target: Path,
+    stop: threading.Event | None = None,
+) -> tuple[Path, int]:
+    """The stream ``(path, index)`` of a video in which several people speak: their whole tracks, as AAC.
+
+    They start together or, ``in_turns``, each when the one before has ended.  Nobody is made louder or
+    softer; where voices add up to more than full scale, a limiter holds them.
+    Raises ``InvalidRequest``, ``MediaError``, ``StorageError``.
+    """
+    tracks = [measure(path) for path in paths]
+    rate = MIX_RATE
+    starts = [0]
+    for track in tracks[:-1]:
+        starts.append(starts[-1] + round(track.samples * rate / track.rate) if in_turns else 0)
+    placed = [
+        ffmpeg.PlacedSound(
+            track.path, track.index, track.channels, start, round(track.samples * rate / track.rate)
+        )
+        for track, start in zip(tracks, starts, strict=True)
+    ]
+    end = max(sound.start + sound.samples for sound in placed)
+    ffmpeg.mix_sounds(placed, target, rate, min(end, total_frames * (rate // FPS)), stop)
     return target, 0

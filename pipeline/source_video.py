@@ -18,13 +18,19 @@ import av
 import av.error
 import numpy as np
 import numpy.typing as npt
+from av.video.reformatter import Colorspace
+from PIL import Image
 
 from pipeline.errors import InvalidRequest
 from pipeline.ffmpeg import INPUT_FORMATS
 from pipeline.frames import Frame
-from pipeline.portrait import MOST_PIXELS, Size, choose_size, fit, to_png
+from pipeline.portrait import DEFAULT_AREA, MOST_PIXELS, Size, choose_size, fit, to_png
 from pipeline.timeline import FPS
 
+_UNNAMED = 2  # of the colour matrices in ITU-T H.273
+_HD_LINES = 720
+_EXACT = 0x4 | 0x2000 | 0x4000 | 0x40000
+"""libswscale's flags: bicubic, colour at full resolution in and out, rounded; without, up to 3 levels off."""
 _AHEAD = 2 * FPS
 """Source frames that are decoded on the way rather than jumped over."""
 
@@ -33,10 +39,17 @@ class SourceVideo:
     """Random access to a video's pictures; cheapest when asked in order.  Not for several threads."""
 
     def __init__(
-        self, path: Path, times: npt.NDArray[np.int64], end: int, clock: Fraction, ordinal: bool
+        self,
+        path: Path,
+        times: npt.NDArray[np.int64],
+        end: int,
+        clock: Fraction,
+        ordinal: bool,
+        shape: Fraction,
     ) -> None:
         self._path, self._times, self._clock, self._ordinal = path, times, clock, ordinal
         self._frames = max(1, round((end - int(times[0])) * clock * FPS))
+        self._shape = shape
         self._last: tuple[int, Frame] | None = None
         self._reader: Iterator[tuple[int, av.VideoFrame]] | None = None
         self.size: Size = (0, 0)
@@ -61,13 +74,13 @@ class SourceVideo:
                 if time is not None and packet.size and not packet.is_discard:
                     times.append(time)
                     end = max(end, time + (0 if ordinal else packet.duration or 0))
-            clock = stream.time_base
+            clock, shape = stream.time_base, _shape(stream)
         if not times or clock is None:
             raise InvalidRequest("video", f"{path} has no pictures with times")
         times.sort()
         if end == times[-1]:  # no duration known: the last picture stays as long as the one before
             end += times[-1] - times[-2] if len(times) > 1 else round(1 / FPS / clock)
-        video = cls(path, np.array(times, np.int64), end, clock, ordinal)
+        video = cls(path, np.array(times, np.int64), end, clock, ordinal, shape)
         height, width = video.frame_at(0).shape[:2]
         video.size = (width, height)
         return video
@@ -77,9 +90,9 @@ class SourceVideo:
         """Its length in frames at 25 a second."""
         return self._frames
 
-    def fitted_size(self, width: int | None, height: int | None) -> Size:
+    def fitted_size(self, width: int | None, height: int | None, area: int = DEFAULT_AREA) -> Size:
         """The size of a video made from it; see ``portrait.choose_size``."""
-        return choose_size(width, height, self.size)
+        return choose_size(width, height, self.size, area)
 
     def frame_at(self, job_frame: int) -> Frame:
         """The picture shown at ``job_frame / 25`` seconds, upright, in its own size.
@@ -117,7 +130,7 @@ class SourceVideo:
                     break
             if shown is None:
                 raise InvalidRequest("video", f"{self._path} can't be decoded at {wanted * self._clock} s")
-            return _upright(shown)
+            return _upright(shown, self._shape)
 
     def _read_from(self, index: int) -> Iterator[tuple[int, av.VideoFrame]]:
         with _container(self._path) as container:
@@ -143,16 +156,35 @@ def _stream(path: Path, container: av.container.InputContainer) -> av.VideoStrea
     if not container.streams.video:
         raise InvalidRequest("video", f"{path} has no pictures")
     stream = container.streams.video[0]
-    if stream.codec_context.width * stream.codec_context.height > MOST_PIXELS:
+    shape = _shape(stream)
+    if stream.codec_context.width * stream.codec_context.height * max(shape, 1 / shape) > MOST_PIXELS:
         raise InvalidRequest("video", f"{path} has more than {MOST_PIXELS:,} pixels a frame")
     return stream
 
 
-def _upright(picture: av.VideoFrame) -> Frame:
-    """RGB, turned as the container says."""
-    frame = picture.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
+def _shape(stream: av.VideoStream) -> Fraction:
+    """Width of a pixel over its height (DV, DVDs and some cameras have other pixels than square ones)."""
+    return stream.sample_aspect_ratio or Fraction(1)
+
+
+def _upright(picture: av.VideoFrame, shape: Fraction) -> Frame:
+    """RGB with square pixels, turned as the container says."""
+    frame = _rgb(picture)
+    height, width = frame.shape[:2]
+    if shape != 1:  # enlarged, so that nothing is lost before the picture is fitted
+        size = (round(width * shape), height) if shape > 1 else (width, round(height / shape))
+        frame = np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS))
     turned = np.rot90(frame, round(picture.rotation / 90) % 4)
     return np.ascontiguousarray(turned)
+
+
+def _rgb(picture: av.VideoFrame) -> Frame:
+    """By the matrix and range that the file names; where it names no matrix, by its size as players do."""
+    guess = None
+    if picture.colorspace == _UNNAMED:
+        guess = Colorspace.ITU709 if picture.height >= _HD_LINES else Colorspace.ITU601
+    rgb = picture.to_ndarray(format="rgb24", src_colorspace=guess, interpolation=_EXACT)
+    return rgb.astype(np.uint8, copy=False)
 
 
 @contextlib.contextmanager

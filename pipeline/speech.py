@@ -1,7 +1,7 @@
 """What the model hears: one mono track at 16 kHz, made once from the whole sound and cut by the sample.
 
-All channels are averaged, so a voice on one side is kept (the wrapper's nodes take the left channel only);
-one gain brings the whole track to -23 LUFS, so that segments agree.  What viewers hear is ``sound``'s.
+Its channels are mixed by ``downmix``; one gain brings the whole track to -23 LUFS, so that segments agree.
+What viewers hear is ``sound``'s.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import tempfile
 import wave
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import IO
 
@@ -20,8 +21,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline import ffmpeg
+from pipeline.downmix import Downmix
 from pipeline.errors import InvalidRequest, StorageError
-from pipeline.sound import SoundReader
+from pipeline.sound import WHOLE, Part, SoundReader
 from pipeline.timeline import SAMPLES_PER_FRAME, SPEECH_RATE, frames_of
 
 TARGET_LUFS = -23.0
@@ -32,6 +34,10 @@ MOST_GAIN_DB = 30.0
 
 SILENCE_DBFS = -60.0
 """A track whose loudest sample is below this is silent."""
+
+GATE_DBFS = -50.0
+"""A cut in which no frame is louder (RMS) holds nobody's speech and becomes digital silence: wav2vec2
+normalises over time and would blow the noise of the room up to the level of speech.  27 dB below speech."""
 
 TAIL_SAMPLES = 80
 """A window of N frames needs 640 N + 80 samples: wav2vec2's receptive field costs a frame otherwise."""
@@ -48,23 +54,25 @@ class Speech:
 
     path: Path
     samples: int
+    """With the silence in front."""
     frames: int
     """Frames of a video as long as the source: ``round(source_seconds * 25)``."""
     gain_db: float
     """What the loudness normalisation applied."""
-    source_seconds: float
+    source_seconds: Fraction
     """Length of the source, from its decoded samples."""
 
 
-def prepare_speech(source: Path, target: Path) -> Speech:
+def prepare_speech(source: Path, target: Path, lead: int = 0, part: Part = WHOLE) -> Speech:
     """Decode ``source`` (any sound file, or a video's sound) into the WAV ``target``; memory stays constant.
 
+    ``lead``: samples of digital silence in front, for a speaker who begins later than the video.
     Raises ``InvalidRequest("audio", ...)`` where there is nothing to hear, ``StorageError``, ``MediaError``.
     """
     partial = target.with_name(f".{target.name}.partial")
     try:
         with tempfile.NamedTemporaryFile(prefix=".speech-", dir=target.parent) as raw:
-            with SoundReader(source) as reader:
+            with SoundReader(source, part) as reader:
                 samples, peak = _write_mono(reader, raw)
             raw.flush()
             frames = frames_of(reader.samples, reader.rate)
@@ -75,31 +83,50 @@ def prepare_speech(source: Path, target: Path) -> Speech:
                     "audio", f"the speech is silent: {source} stays below {SILENCE_DBFS:.0f} dBFS"
                 )
             gain_db = _gain(Path(raw.name), samples, peak)
-            _write_wav(Path(raw.name), 10 ** (gain_db / 20), partial)
+            _write_wav(Path(raw.name), 10 ** (gain_db / 20), partial, lead)
         partial.replace(target)
     except OSError as error:
         raise StorageError(str(target), error.strerror or str(error)) from error
     finally:
         partial.unlink(missing_ok=True)
-    return Speech(target, samples, frames, round(gain_db, 2), reader.samples / reader.rate)
+    return Speech(target, lead + samples, frames, round(gain_db, 2), Fraction(reader.samples, reader.rate))
 
 
 def cut_speech(speech: Path, first_frame: int, frames: int, extra: int) -> bytes:
     """The speech of ``frames`` frames from ``first_frame`` on, as WAV; sample 0 is that frame's first.
 
     It goes on for up to ``extra`` frames past the end where there is speech, and is filled with zeros up to
-    ``640 * frames + 80`` samples where there is none.
+    ``640 * frames + 80`` samples where there is none.  A cut without speech is digital silence.
     """
     with wave.open(str(speech), "rb") as source:
         start = min(first_frame * SAMPLES_PER_FRAME, source.getnframes())
         source.setpos(start)
-        content = source.readframes((frames + extra) * SAMPLES_PER_FRAME)
+        content = _gated(source.readframes((frames + extra) * SAMPLES_PER_FRAME))
     least = 2 * (frames * SAMPLES_PER_FRAME + TAIL_SAMPLES)
     target = io.BytesIO()
     with wave.open(target, "wb") as wav:
         wav.setparams(_FORMAT)
         wav.writeframes(content.ljust(least, b"\0"))
     return target.getvalue()
+
+
+def frame_levels(speech: Path, first_frame: int, frames: int) -> list[float]:
+    """Level (RMS, dBFS) of each of ``frames`` frames from ``first_frame`` on; -100 for silence."""
+    with wave.open(str(speech), "rb") as source:
+        source.setpos(min(first_frame * SAMPLES_PER_FRAME, source.getnframes()))
+        content = source.readframes(frames * SAMPLES_PER_FRAME)
+    padded = content.ljust(2 * frames * SAMPLES_PER_FRAME, b"\0")
+    levels = np.frombuffer(padded, "<i2").reshape(frames, -1).astype(np.float32) / 32_768
+    return [max(-100.0, 10 * math.log10(float(np.square(part).mean()) + 1e-12)) for part in levels]
+
+
+def _gated(content: bytes) -> bytes:
+    """The samples, or as much silence where no frame of them is speech."""
+    levels = np.frombuffer(content, "<i2").astype(np.float32) / 32_768
+    whole = levels[: len(levels) // SAMPLES_PER_FRAME * SAMPLES_PER_FRAME].reshape(-1, SAMPLES_PER_FRAME)
+    rest = levels[whole.size :]
+    loudest = max((float(np.square(part).mean()) for part in (*whole, rest) if part.size), default=0.0)
+    return content if loudest > 10 ** (GATE_DBFS / 10) else bytes(len(content))
 
 
 def _write_mono(reader: SoundReader, raw: IO[bytes]) -> tuple[int, float]:
@@ -116,23 +143,27 @@ def _write_mono(reader: SoundReader, raw: IO[bytes]) -> tuple[int, float]:
 
 
 def _mono(reader: SoundReader) -> Iterator[Samples]:
-    resampler: av.AudioResampler | None = None
-    layout = ""
+    layout, resampler, mix = "", None, Downmix(1)
     for frame in reader:
         if resampler is None or frame.layout.name != layout:
             if resampler is not None:
-                yield from map(_average, resampler.resample(None))
-            layout = frame.layout.name
+                yield from _end(resampler, mix)
+            layout, mix = frame.layout.name, Downmix(len(frame.layout.channels))
             resampler = av.AudioResampler(format="fltp", layout=frame.layout, rate=SPEECH_RATE)
         frame.pts = None  # samples are the clock, not what the container says
-        yield from map(_average, resampler.resample(frame))
+        yield from map(mix.feed, map(_channels, resampler.resample(frame)))
     if resampler is not None:
-        yield from map(_average, resampler.resample(None))
+        yield from _end(resampler, mix)
 
 
-def _average(frame: av.AudioFrame) -> Samples:
-    mono: Samples = frame.to_ndarray().mean(axis=0, dtype=np.float32)
-    return np.nan_to_num(mono, posinf=0.0, neginf=0.0)
+def _end(resampler: av.AudioResampler, mix: Downmix) -> Iterator[Samples]:
+    yield from map(mix.feed, map(_channels, resampler.resample(None)))
+    yield mix.flush()
+
+
+def _channels(frame: av.AudioFrame) -> Samples:
+    """[channels, samples]; what is no number is silence."""
+    return np.nan_to_num(frame.to_ndarray().astype(np.float32, copy=False), posinf=0.0, neginf=0.0)
 
 
 def _gain(raw: Path, samples: int, peak: float) -> float:
@@ -144,9 +175,11 @@ def _gain(raw: Path, samples: int, peak: float) -> float:
     return min(TARGET_LUFS - loudness, MOST_GAIN_DB, -20 * math.log10(peak))
 
 
-def _write_wav(raw: Path, gain: float, target: Path) -> None:
+def _write_wav(raw: Path, gain: float, target: Path, lead: int) -> None:
     with wave.open(str(target), "wb") as wav:
         wav.setparams(_FORMAT)
+        for start in range(0, lead, _CHUNK):
+            wav.writeframesraw(bytes(2 * min(_CHUNK, lead - start)))
         for chunk in _chunks(raw):
             levels = np.clip(np.rint(chunk * (gain * 32_767)), -32_768, 32_767)
             wav.writeframesraw(levels.astype("<i2").tobytes())

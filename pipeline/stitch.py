@@ -13,12 +13,16 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pipeline import ffmpeg
+import numpy as np
+
+from pipeline import ffmpeg, seam_metrics
 from pipeline.errors import MediaError, StorageError
 from pipeline.frames import check_video, read_stack, stream_header
 from pipeline.plan import Plan
-from pipeline.seam import WARM_UP, SeamReport, join_overlap
+from pipeline.seam import WARM_UP, Method, SeamReport, join_overlap
 from pipeline.segment_files import SegmentFiles
+from pipeline.speech import frame_levels
+from pipeline.timeline import FPS
 
 log = logging.getLogger(__name__)
 
@@ -32,11 +36,17 @@ def stitch(
     *,
     warm_up: int = WARM_UP,
     workers: int | None = None,
+    fps: int = FPS,
+    shown: int | None = None,
+    seam: Method = "morph",
+    speech: Sequence[Path] = (),
 ) -> tuple[SeamReport, ...]:
     """Join ``segments`` in the plan's overlaps, add the ``track`` (of ``sound.make_track``), write an mp4.
 
     ``target`` appears when its frames were counted by decoding.  ``work`` gets a temporary directory.
     ``workers`` seams are made at a time, by default one for each core, at most 4 (300 MB each at 480p).
+    ``seam`` says how; ``speech`` are the speakers' prepared tracks: seams look for a pause in all of them.
+    At another rate than 25 ``fps`` the result has ``shown`` frames and is encoded once more.
     Raises ``MediaError``, ``StorageError``.
     """
     _check(plan, segments)
@@ -50,7 +60,14 @@ def stitch(
                 workers or min(os.cpu_count() or 1, 4), thread_name_prefix="seam"
             ) as pool:
                 seams = [
-                    pool.submit(_seam, *joint, folder / f"seam-{number:05d}{ffmpeg.FINAL.suffix}", warm_up)
+                    pool.submit(
+                        _seam,
+                        *joint,
+                        folder / f"seam-{number:05d}{ffmpeg.FINAL.suffix}",
+                        warm_up,
+                        seam,
+                        speech,
+                    )
                     for number, joint in enumerate(joints)
                     if joint[2]
                 ]
@@ -60,14 +77,15 @@ def stitch(
                     pool.shutdown(wait=True, cancel_futures=True)
                     raise
             parts = _parts(segments, plan.overlaps, folder)
-            _join(parts, track, partial, folder)
-            check_video(partial, plan.total_frames)
+            _join(parts, track, partial, folder, fps, shown)
+            seen = seam_metrics.ClipMoves()
+            check_video(partial, plan.total_frames if shown is None else shown, fps, seen.add)
             partial.replace(target)
     except OSError as error:
         raise StorageError(str(target), error.strerror or str(error)) from error
     finally:
         partial.unlink(missing_ok=True)
-    return reports
+    return reports if fps != FPS else _in_clip(reports, seen, starts, plan.overlaps)
 
 
 def _check(plan: Plan, segments: Sequence[SegmentFiles]) -> None:
@@ -80,16 +98,43 @@ def _check(plan: Plan, segments: Sequence[SegmentFiles]) -> None:
 
 
 def _seam(
-    before: SegmentFiles, after: SegmentFiles, overlap: int, start: int, target: Path, warm_up: int
+    before: SegmentFiles,
+    after: SegmentFiles,
+    overlap: int,
+    start: int,
+    target: Path,
+    warm_up: int,
+    method: Method,
+    speech: Sequence[Path],
 ) -> SeamReport:
     earlier = read_stack(before.path("tail"), overlap)
     later = read_stack(after.path("head"), overlap)
-    frames, report = join_overlap(earlier, later, warm_up=warm_up, start=start)
+    tracks = [frame_levels(track, start, overlap) for track in speech]
+    levels = [max(frame) for frame in zip(*tracks, strict=True)] or None
+    frames, report = join_overlap(earlier, later, method=method, warm_up=warm_up, start=start, levels=levels)
     with ffmpeg.FrameWriter(target, before.width, before.height, ffmpeg.FINAL) as writer:
         for frame in frames:
             writer.write(frame)
     log.info("seam at frame %d: %s over %d frames", report.frame, report.method, report.frames)
     return report
+
+
+def _in_clip(
+    reports: Sequence[SeamReport],
+    seen: seam_metrics.ClipMoves,
+    starts: Sequence[int],
+    overlaps: Sequence[int],
+) -> tuple[SeamReport, ...]:
+    """The reports with jumps as they are in the finished file, beside all of its motion away from seams."""
+    spans = [(start, start + overlap) for start, overlap in zip(starts, overlaps, strict=True) if overlap]
+    away = seen.away_from(spans)
+    if len(away) < FPS:  # too short a clip to say what is usual in it
+        return tuple(reports)
+    usual, natural = float(np.median(away)), seam_metrics.natural(away)
+    return tuple(
+        report.in_clip(seen.jump(report.frame, report.frame + report.frames), usual, natural)
+        for report in reports
+    )
 
 
 def _parts(segments: Sequence[SegmentFiles], overlaps: Sequence[int], folder: Path) -> list[tuple[Path, int]]:
@@ -102,14 +147,23 @@ def _parts(segments: Sequence[SegmentFiles], overlaps: Sequence[int], folder: Pa
     return parts
 
 
-def _join(parts: Sequence[tuple[Path, int]], track: tuple[Path, int], target: Path, folder: Path) -> None:
-    """Copy; or, where other encoders were at work, encode all once more.
+def _join(
+    parts: Sequence[tuple[Path, int]],
+    track: tuple[Path, int],
+    target: Path,
+    folder: Path,
+    fps: int,
+    shown: int | None,
+) -> None:
+    """Copy; or, for another rate or where other encoders were at work, encode all once more.
 
     A file with several parameter sets is played by ffmpeg, but not by every player.
     """
-    if len({stream_header(path) for path, _ in parts}) > 1:
+    mixed = len({stream_header(path) for path, _ in parts}) > 1
+    if mixed:
         log.warning("segments come from different encoders: the whole video is encoded again")
+    if mixed or fps != FPS:
         whole = folder / f"whole{ffmpeg.FINAL.suffix}"
-        ffmpeg.encode_again(parts, whole, folder)
-        parts = [(whole, sum(frames for _, frames in parts))]
-    ffmpeg.join(parts, track, target, folder)
+        ffmpeg.encode_again(parts, whole, folder, fps, shown)
+        parts = [(whole, sum(frames for _, frames in parts) if shown is None else shown)]
+    ffmpeg.join(parts, track, target, folder, fps)

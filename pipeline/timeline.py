@@ -15,8 +15,8 @@ SPEECH_RATE = 16_000
 SAMPLES_PER_FRAME = SPEECH_RATE // FPS
 
 
-def frames_of(samples: int, rate: int) -> int:
-    """Frames of a video as long as ``samples`` at ``rate`` per second: ``round(seconds * 25)``, half up.
+def frames_of(samples: int, rate: int, fps: int = FPS) -> int:
+    """Frames of a video as long as ``samples`` at ``rate`` per second: ``round(seconds * fps)``, half up.
 
     Integer arithmetic: ``int(samples / rate * 25)`` is one short for many lengths.
 
@@ -25,13 +25,4 @@ def frames_of(samples: int, rate: int) -> int:
     >>> frames_of(44_100 * 3 + 882, 44_100)
     76
     """
-    return (2 * samples * FPS + rate) // (2 * rate)
-
-
-def seconds_of(frames: int) -> float:
-    """Seconds that ``frames`` last.
-
-    >>> seconds_of(250)
-    10.0
-    """
-    return frames / FPS
+    return (2 * samples * fps + rate) // (2 * rate)

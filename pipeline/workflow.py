@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,18 @@ IMAGE_SINGLE = SlotNames(
         {"portrait", "speech", "prompt", "seed", "width", "height", "length", "frames"},
     ),
     optional=frozenset({"motion"}),
-    preset=frozenset({"steps"}),
+    preset=frozenset({"steps", "shift", "audio_scale", "lora", "lora_strength"}),
 )
-"""One portrait, one speaker, one window.  ``motion`` is None in the first window of a chain."""
+"""One portrait, one speaker, one window, core nodes only.  ``motion`` is None in a chain's first window."""
+
+TALK_SINGLE = replace(IMAGE_SINGLE, required=IMAGE_SINGLE.required | {"context", "negative"})
+"""The same with our nodes: the speech starts ``context`` frames before the window."""
+
+TALK_MULTI = replace(TALK_SINGLE, required=TALK_SINGLE.required | {"speech_2", "mask_1", "mask_2"})
+"""Two speakers: each mask is white where its speaker is."""
+
+BUNDLED = {"image_single": IMAGE_SINGLE, "talk_single": TALK_SINGLE, "talk_multi": TALK_MULTI}
+"""The files that come with the program."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +78,10 @@ class Workflow:
     file: str
     slots: tuple[Slot, ...]
     text: str
+
+    def has(self, slot: str) -> bool:
+        """Whether there is such a slot."""
+        return any(known.name == slot for known in self.slots)
 
     def slot_node(self, slot: str) -> str:
         """Id of the node that holds ``slot``; the outputs of a run are listed by it.
@@ -119,12 +132,14 @@ class Workflow:
         return _without(graph, dropped)
 
 
-def load(source: str | Path, names: SlotNames = IMAGE_SINGLE) -> Workflow:
+def load(source: str | Path, names: SlotNames | None = None) -> Workflow:
     """Read and check a workflow: the name of one that comes with the program, or a path.
 
     Raises:
-        WorkflowError: unreadable, not an API-format graph, a dangling link, or slots other than ``names``.
+        WorkflowError: unreadable, not an API-format graph, a dangling link, or slots other than ``names``
+            (default: those of the bundled file).
     """
+    names = names or BUNDLED.get(str(source), IMAGE_SINGLE)
     file, text = _read(source)
     graph = _parsed(file, text)
     _check_links(file, graph)

@@ -115,7 +115,7 @@ def lora() -> Tensors:
 
 
 def patch() -> Tensors:
-    """InfiniteTalk for one speaker; ComfyUI makes 40 blocks whatever the file says."""
+    """InfiniteTalk, for one speaker or two; ComfyUI makes 40 blocks whatever the file says."""
     width, inner, context, audio = 80, 16, 32, 12 * 768
     model = Tensors(np.float32)
     model.layer("audio_proj.proj1", inner, 5 * audio)
@@ -268,12 +268,13 @@ FILES: dict[str, Callable[[], Tensors]] = {
     "text_encoders/umt5_xxl_fp8_e4m3fn_scaled": text,
     "clip_vision/clip_vision_h": image,
     "audio_encoders/wav2vec2-chinese-base_fp16": audio,
+    "model_patches/wan2.1_infiniteTalk_multi_fp16": patch,
 }
 CONFIG = {"config": json.dumps({"transformer": {"num_heads": 2, "text_dim": 768}})}
 
 
 def write_weights(directory: Path, seed: int = 0) -> None:
-    """All the files that ``workflows/image_single.json`` names, in ComfyUI's folders below ``directory``."""
+    """All the files that the workflows name, in ComfyUI's folders below ``directory``."""
     for number, (name, model) in enumerate(FILES.items()):
         path = directory / f"{name}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)

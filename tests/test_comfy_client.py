@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from PIL import Image
 
 from pipeline.comfy_client import ComfyClient
@@ -119,6 +120,12 @@ def test_a_window_comes_back_as_pictures(engine: ComfyClient, workflow: Workflow
     assert workflow.slot_node("seed") in {one.node for one in seen}
     assert [one.fraction for one in seen] == sorted(one.fraction for one in seen)
     assert any(0 < one.fraction < 1 for one in seen)
+
+
+def test_the_engines_history_does_not_grow(engine: ComfyClient, workflow: Workflow) -> None:
+    """A prompt whose outputs are known is taken out of it: an hour of windows would be 60 MB of graphs."""
+    assert run(engine, graph_for(engine, workflow, "history", seed=9))
+    assert requests.get(f"{engine.url}/history", timeout=10).json() == {}
 
 
 def test_proxies_of_the_environment_are_for_others(

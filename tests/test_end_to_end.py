@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -217,7 +219,9 @@ def test_max_frames_and_one_gpu(render: Callable[..., Command], speech_of: Speec
     assert (command.result["gpu_count"], command.result["segments_processed"]) == (1, 1)
 
 
-def test_ctrl_c_cancels_and_the_same_command_goes_on(
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_cancels_and_the_same_command_goes_on(
+    number: signal.Signals,
     render: Callable[..., Command],
     speech_of: SpeechOf,
     tmp_path: Path,
@@ -226,19 +230,22 @@ def test_ctrl_c_cancels_and_the_same_command_goes_on(
 ) -> None:
     """Exit code 130, no process, no half video; finished segments are not rendered again."""
     output = tmp_path / "talk.mp4"
-    arguments = ("--audio", speech_of(400), "-o", output, "--gpus", 1, "--overlap-frames", 26)
-    # Three segments on one lane: the cap on a chain is what makes them, so plan for four and run on one.
-    first = render(*arguments[:-4], "--gpus", 3, draft_args="--draft-window-seconds 1.5")
+    arguments = ("--audio", speech_of(400), "-o", output, "--gpus", 3)
+    first = render(*arguments, draft_args="--draft-window-seconds 1.5")
     first.wait_for("segment . processed successfully")
     pids = processes_with(str(tmp_path / "scratch"))
-    first.process.send_signal(signal.SIGINT)
-    assert first.finish(20) == 130
-    assert "cancelled" in first.log
+    first.process.send_signal(number)
+    first.wait_for("cancelling")
+    first.process.send_signal(signal.SIGINT)  # impatience changes nothing
+    assert first.finish(30) == 130
+    assert first.result["error"] == "JobCancelled"
+    assert "finished segments are kept" in first.log
+    assert "Traceback" not in first.log
     assert wait_gone(pids, 10) == []
     assert not output.exists()
     kept = sorted(path.name for path in (tmp_path / ".infinitetalk").glob("*/segments/????"))
     assert kept
-    second = render(*arguments[:-4], "--gpus", 3)
+    second = render(*arguments)
     assert second.finish() == 0, second.log
     assert len(decoded(output)) == 400
     redone = {int(index) for index in re.findall(r"segment (\d+) processed", second.log)}
@@ -262,7 +269,11 @@ def test_a_killed_driver_leaves_nothing_running(
     assert len(ours) == 6  # two renderers, two guards, two engines
     command.process.kill()
     assert wait_gone(ours, 10) == []
-    assert wait_gone(pids, 40) == []  # two agents of Ray's own look for their dead head for 20 s
+    # Two agents of Ray's own look for their dead head for up to a minute before they end.
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert wait_gone(pids, 10) == []
     assert not list(command.scratch.glob("infinitetalk-engine-*"))
     assert not (tmp_path / "talk.mp4").exists()
 
@@ -324,7 +335,13 @@ def test_out_of_memory_names_the_node_and_ends_the_job(
     render: Callable[..., Command], speech_of: SpeechOf, tmp_path: Path
 ) -> None:
     """A failing graph is not tried again elsewhere; the node and the engine's words are told."""
-    command = render("--audio", speech_of(300), "-o", tmp_path / "talk.mp4", draft_args="--draft-fault oom@2")
+    command = render(
+        "--audio",
+        speech_of(300),
+        "-o",
+        tmp_path / "talk.mp4",
+        draft_args="--draft-fault oom@2 --draft-fault oom@3",
+    )
     assert command.finish() == 1
     answer = command.result
     assert answer["error"] == "RenderFailed"
@@ -364,7 +381,9 @@ def test_bad_files_are_refused(
     assert command.result["error"] == "InvalidRequest"
     assert re.search(rf"infinitetalk: {field}: ", command.log)
     assert "Traceback" not in command.log
+    assert "starting the engines" not in command.log
     assert not output.exists()
+    assert not (tmp_path / ".infinitetalk").exists()
 
 
 @pytest.mark.parametrize(
@@ -372,6 +391,8 @@ def test_bad_files_are_refused(
     [
         (["--width", "8"], {}, 2, "width"),
         (["--gpus", "0"], {}, 2, "gpus"),
+        (["--overlap-frames", "5"], {}, 2, "overlap_frames"),
+        ([], {"INFINITETALK_DRAFT_ARGS": '--x"'}, 3, "INFINITETALK_DRAFT_ARGS"),
         (["--max-frames", "0"], {}, 2, "max_frames"),
         (["-o", "OUT/talk.avi"], {}, 2, "mp4"),
         (["-o", "/proc/talk.mp4"], {}, 3, "can't write"),
@@ -396,6 +417,49 @@ def test_wrong_options_are_refused(
     assert command.finish() == code
     assert words in command.log
     assert "Traceback" not in command.log
+
+
+def test_a_damaged_job_is_mended(render: Callable[..., Command], speech_of: SpeechOf, tmp_path: Path) -> None:
+    """A kept segment that was cut short is rendered again; a damaged plan is made again."""
+    output, job = tmp_path / "talk.mp4", tmp_path / "job"
+    arguments = ("--audio", speech_of(150), "-o", output, "--gpus", 2, "--job-dir", job)
+    assert render(*arguments).finish() == 0
+    whole = output.read_bytes()
+    assert len(list((job / "segments").iterdir())) == 2
+    body = job / "segments" / "0000" / "body.mp4"
+    body.write_bytes(body.read_bytes()[:100])
+    again = render(*arguments)
+    assert again.finish() == 0, again.log
+    assert "segment 0 processed" in again.log
+    assert "segment 1 processed" not in again.log
+    (job / "plan.json").write_text("{")
+    assert render(*arguments).finish() == 0
+    assert len(decoded(output)) == 150
+    assert len(output.read_bytes()) == len(whole)
+
+
+def test_no_gpu_is_visible_and_a_draft_does_not_care(
+    render: Callable[..., Command], speech_of: SpeechOf, tmp_path: Path
+) -> None:
+    """Lanes on the CPU are not counted against CUDA_VISIBLE_DEVICES."""
+    output = tmp_path / "talk.mp4"
+    command = render("--audio", speech_of(30), "-o", output, CUDA_VISIBLE_DEVICES="")
+    assert command.finish() == 0, command.log
+
+
+def test_a_full_range_of_ports_is_told(
+    render: Callable[..., Command], speech_of: SpeechOf, tmp_path: Path
+) -> None:
+    """The one port is taken by a stranger: exit code 3, and the setting to change."""
+    with socket.socket() as stranger:
+        stranger.bind(("127.0.0.1", 0))
+        stranger.listen()
+        port = stranger.getsockname()[1]
+        command = render(
+            "--audio", speech_of(30), "-o", tmp_path / "talk.mp4", INFINITETALK_PORTS=f"{port}-{port}"
+        )
+        assert command.finish() == 3
+    assert f"no free port from {port} to {port}" in command.log
 
 
 def test_a_video_conditions_each_window(

@@ -71,9 +71,20 @@ def test_the_same_request_is_the_same_job(tmp_path: Path) -> None:
         job_id(request, "comfyui", "graph"),
         job_id(request, "draft", "other graph"),
     }
+    for mask in (b"left", b"right"):
+        (tmp_path / "m.png").write_bytes(mask)
+        masks = {"mask_1": tmp_path / "m.png", "mask_2": tmp_path / "m.png"}
+        two = request_of(tmp_path, audio_2=tmp_path / "b.wav", **masks)
+        others.add(job_id(two, "draft", "graph"))
     (tmp_path / "b.wav").write_bytes(b"other sound")
     others.add(job_id(request, "draft", "graph"))
-    assert len(others | {name}) == 6
+    assert len(others | {name}) == 8
+
+
+def test_how_segments_are_joined_is_not_what_is_rendered(tmp_path: Path) -> None:
+    """Another ``seam`` is the same job: its finished segments are joined again, not rendered."""
+    names = {job_id(request_of(tmp_path, seam=seam), "draft", "graph") for seam in ("morph", "cut")}
+    assert len(names) == 1
 
 
 def test_a_missing_input_is_named(tmp_path: Path) -> None:

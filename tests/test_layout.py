@@ -82,9 +82,8 @@ def test_every_error_survives_pickling() -> None:
     ]
     assert len(kinds) > 8
     for kind in kinds:
-        fields = (
-            list(inspect.signature(kind.__init__).parameters)[1:] if "__init__" in vars(kind) else ["word"]
-        )
+        own = kind.__init__ is not Exception.__init__
+        fields = list(inspect.signature(kind.__init__).parameters)[1:] if own else ["word"]
         arguments = tuple(f"a {name}" for name in fields)
         original = kind(*arguments)
         copy = pickle.loads(pickle.dumps(original))

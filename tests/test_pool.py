@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import ray
 
 from actors.pool import RendererPool
-from pipeline.errors import EngineError, GraphError, JobCancelled, RendererLost
+from pipeline.errors import EngineError, JobCancelled, OutOfMemory, RendererLost
+from pipeline.messages import NodeRuns
 from pipeline.segment_files import SegmentFiles
 from pipeline.settings import Settings
 from pipeline.workflow import load
@@ -112,11 +114,31 @@ def test_a_killed_engine_is_told_with_its_log(
     assert pool.start()[0].engine_pid != info.engine_pid
 
 
-def test_errors_arrive_as_our_own(open_pool: Callable[..., RendererPool], portrait: Path) -> None:
-    """A failing graph is a GraphError with node and words, and costs no renderer."""
+def test_out_of_memory_gets_one_more_try(open_pool: Callable[..., RendererPool], portrait: Path) -> None:
+    """Out of memory once: everything is unloaded, and the same renderer makes the segment."""
     pool = open_pool(1, "--draft-fault oom@1")
     (info,) = pool.start()
-    with pytest.raises(GraphError, match=r"KSampler.*out of memory"):
+    rendered = pool.submit(task_of(portrait, **SHORT), 0).result(60)
+    assert rendered.nodes["UNETLoader"] == NodeRuns(ran=1)  # /free: nothing was left of the first try
+    assert pool.start()[0].pid == info.pid
+
+
+def test_models_stay_warm_between_jobs(open_pool: Callable[..., RendererPool], portrait: Path) -> None:
+    """The next segment of the next job loads nothing again, and encodes neither prompt nor portrait."""
+    pool = open_pool(1)
+    pool.submit(task_of(portrait, **SHORT), 0).result(60)
+    other = replace(task_of(portrait).recipe, job="next", seed=8)
+    warm = pool.submit(task_of(portrait, **SHORT, recipe=other, index=0), 0).result(60).nodes
+    ran = {name for name, runs in warm.items() if runs.ran}
+    assert ran.isdisjoint({"UNETLoader", "VAELoader", "CLIPLoader", "CLIPTextEncode", "CLIPVisionEncode"})
+    assert "KSampler" in ran
+
+
+def test_errors_arrive_as_our_own(open_pool: Callable[..., RendererPool], portrait: Path) -> None:
+    """Out of memory twice: the node, the engine's words and a size that needs half; the renderer stays."""
+    pool = open_pool(1, "--draft-fault oom@1 --draft-fault oom@2")
+    (info,) = pool.start()
+    with pytest.raises(OutOfMemory, match=r"KSampler.*out of memory.*64x64 has half"):
         pool.submit(task_of(portrait, **SHORT), 0).result(60)
     assert pool.submit(task_of(portrait, **SHORT), 0).result(60).index == 3
     assert pool.start()[0].pid == info.pid

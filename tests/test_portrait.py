@@ -27,7 +27,8 @@ def halves(width: int = 160, height: int = 96) -> Image.Image:
 
 
 def prepared(source: Path, width: int | None = None, height: int | None = None) -> np.ndarray[Any, Any]:
-    content, size = prepare_portrait(source, width, height)
+    prepared = prepare_portrait(source, width, height)
+    content, size = prepared.png, prepared.size
     with Image.open(io.BytesIO(content)) as picture:
         assert (picture.format, picture.mode, picture.size) == ("PNG", "RGB", size)
         return np.asarray(picture).astype(int)

@@ -41,7 +41,8 @@ def test_identical_renderings_pass_through() -> None:
     """Where both renderings agree nothing is touched, and the report says that nothing was joined."""
     frames, report = join_overlap(clip(), clip(), start=100)
     assert np.array_equal(frames, clip())
-    assert (report.method, report.frame, report.frames, report.colour_step) == ("cut", 100 + WARM_UP, 0, 0.0)
+    assert (report.method, report.frame, report.frames, report.colour_gap) == ("cut", 100 + WARM_UP, 0, 0.0)
+    assert report.verdict == "good"
 
 
 def test_nearly_identical_renderings_pass_through() -> None:
@@ -84,7 +85,7 @@ def test_colours_change_evenly_over_the_overlap() -> None:
     frames, report = join_overlap(earlier, later)
     offset = np.array([frame.mean((0, 1)) for frame in frames]) - earlier.mean((1, 2))
     whole = (later.astype(float) - earlier).mean((0, 1, 2))
-    assert report.colour_step == pytest.approx(np.abs(whole).max(), abs=0.6)
+    assert report.colour_gap == pytest.approx(np.abs(whole).max(), abs=0.6)
     expected = np.linspace(0, 1, COUNT + 2)[1:-1, None] * whole
     assert np.abs(offset - expected).max() < 0.5
     assert np.abs(np.diff(offset, axis=0)).max() < 0.5
@@ -101,7 +102,7 @@ def test_different_scenes_are_crossfaded() -> None:
 def test_a_wider_gap_takes_a_longer_morph() -> None:
     """Length hides distance: the morph grows with the displacement."""
     near, far = (join_overlap(clip(0, 80), clip(shift, 80))[1] for shift in (1.5, 7))
-    assert 12 <= near.frames < far.frames
+    assert near.frames < far.frames
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 12, 13, 14])
@@ -110,6 +111,63 @@ def test_short_overlaps_work(count: int) -> None:
     frames, report = join_overlap(clip(0, count), clip(2, count))
     assert len(frames) == count
     assert report.frame + report.frames <= count
+
+
+def blinking(at: int) -> Stack:
+    """The clip with a dark mouth everywhere but around one frame."""
+    frames = clip().copy()
+    for t in range(COUNT):
+        if abs(t - at) > 3:
+            frames[t, 70:80, 54:74] = 20
+    return frames
+
+
+def test_textures_change_where_the_renderings_are_alike() -> None:
+    """Of two renderings whose mouths agree at one moment only, the transition is made then."""
+    for moment in (18, 29):
+        frames, _ = join_overlap(blinking(moment), clip(2))
+        darkest = [frame[70:80, 54:74].mean() for frame in frames]
+        assert max(darkest[: moment - 6]) < 60
+        assert min(darkest[moment + 1 :]) > 90
+
+
+def test_pauses_of_the_speech_are_preferred() -> None:
+    """Where frames differ alike, the cut falls into the silence."""
+    still, other = (np.repeat(clip(shift, 1), COUNT, axis=0) for shift in (0, 3))
+    for pause in (16, 30):
+        levels = [-20.0] * COUNT
+        levels[pause - 1 : pause + 2] = [-70.0] * 3
+        _, report = join_overlap(still, other, method="cut", levels=levels)
+        assert abs(report.frame - pause) <= 1
+        assert report.audio_db == -70
+
+
+def test_a_cut_is_made_at_the_best_pair() -> None:
+    """``cut`` changes over at once, where the renderings differ least, and the report calls a jump a jump."""
+    other = clip(6)
+    other[25] = clip(1)[25]
+    frames, report = join_overlap(clip(), other, method="cut")
+    assert (report.method, report.frame, report.frames) == ("cut", 25, 0)
+    assert np.abs(frames[24].astype(int) - clip()[24]).mean() < 1
+    assert report.sharpness == report.ghosting == 1
+
+
+def test_renderings_that_agree_are_cut_whatever_is_asked() -> None:
+    """Nothing is warped where both show the same picture but for a little noise."""
+    noise = np.random.default_rng(4).integers(-1, 2, clip().shape)
+    _, report = join_overlap(clip(), (clip().astype(int) + noise).clip(0, 255).astype(np.uint8))
+    assert (report.method, report.frames, report.verdict) == ("cut", 0, "good")
+
+
+def test_the_documents_crossfade_takes_forty_frames_and_is_called_what_it_is() -> None:
+    """``crossfade`` mixes both renderings for 40 frames: two faces, which the report sees."""
+    frames, report = join_overlap(clip(0, 60), clip(5, 60), method="crossfade")
+    assert (report.method, report.frame, report.frames) == ("crossfade", 20, 40)
+    middle = (clip(0, 60)[40].astype(int) + clip(5, 60)[40]) / 2
+    assert np.abs(frames[40] - middle).mean() < 1
+    assert report.ghosting < 0.95
+    assert report.verdict != "good"
+    assert join_overlap(clip(0, 60), clip(5, 60))[1].verdict == "good"
 
 
 def test_still_pictures_have_finite_reports() -> None:

@@ -74,7 +74,7 @@ def task_of(portrait: Path, **changes: object) -> SegmentTask:
 
 def run(engine: RunningEngine, task: SegmentTask, folder: Path) -> tuple[np.ndarray, list[SegmentProgress]]:
     seen: list[SegmentProgress] = []
-    files, seconds = render_segment(
+    files, seconds, nodes = render_segment(
         task,
         ComfyClient(engine.url),
         folder / "segment",
@@ -84,6 +84,12 @@ def run(engine: RunningEngine, task: SegmentTask, folder: Path) -> tuple[np.ndar
         silent_after=20,
     )
     assert len(seconds) == len(task.windows)
+    sampler = nodes["KSampler"]
+    assert sampler.ran + sampler.cached == len(task.windows)
+    if len(task.windows) > 1:  # one prompt for each window: what does not change is encoded once
+        for once in ("CLIPTextEncode", "CLIPVisionEncode", "UNETLoader"):
+            assert nodes[once].ran <= 1
+            assert nodes[once].cached >= len(task.windows) - 1
     return read_stack(files.path("head"), task.head), seen
 
 

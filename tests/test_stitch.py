@@ -21,7 +21,7 @@ from pipeline.errors import InvalidRequest, MediaError, StorageError
 from pipeline.ffmpeg import FINAL, Encoding
 from pipeline.frames import Frame, check_video, read_frames
 from pipeline.plan import Plan, Segment
-from pipeline.seam import SeamReport
+from pipeline.seam import Method, SeamReport
 from pipeline.segment_files import SegmentFiles, SegmentWriter
 from pipeline.sound import make_track
 from pipeline.speech import prepare_speech
@@ -49,7 +49,8 @@ def picture(t: int) -> Frame:
     return np.repeat(stripes[..., None], 3, axis=2).astype(np.uint8)
 
 
-def rendered(folder: Path, spans: Spans) -> list[SegmentFiles]:
+def rendered(folder: Path, spans: Spans, slip: int = 0) -> list[SegmentFiles]:
+    """Finished segments; each shows the clip ``slip`` frames further on than the one before."""
     plan = plan_of(spans)
     overlaps = (0, *plan.overlaps, 0)
     files = []
@@ -58,7 +59,7 @@ def rendered(folder: Path, spans: Spans) -> list[SegmentFiles]:
         path = folder / f"{segment.index:04d}"
         with SegmentWriter(path, head, segment.frames - head - tail, tail, WIDTH, HEIGHT) as writer:
             for t in range(segment.start, segment.stop):
-                writer.write(picture(t))
+                writer.write(picture(t + slip * segment.index))
         files.append(SegmentFiles.in_folder(path))
     return files
 
@@ -148,6 +149,28 @@ def test_frames_are_exact(joined: Path) -> None:
     check_video(joined, 150)
     errors = [np.abs(out.astype(int) - picture(t)).mean() for t, out in enumerate(read_frames(joined))]
     assert max(errors) < 3
+
+
+@pytest.mark.parametrize(
+    ("seam", "method", "frames"), [("crossfade", "crossfade", 26), ("cut", "cut", 0), ("morph", "morph", 12)]
+)
+def test_segments_are_joined_as_asked(
+    tmp_path: Path, wav: Path, seam: Method, method: str, frames: int
+) -> None:
+    """Every way of joining leaves the segments as they are; speech and the clip's own motion are measured."""
+    files = rendered(tmp_path / "segments", THREE, slip=2)
+    speech = prepare_speech(wav, tmp_path / "speech.wav")
+    target = tmp_path / "talk.mp4"
+    track = make_track(wav, 150, tmp_path / "track.mp4")
+    reports = stitch(plan_of(THREE), files, track, target, tmp_path, seam=seam, speech=[speech.path])
+    check_video(target, 150)
+    for report in reports:
+        assert report.method == method
+        assert report.frames >= frames
+        assert report.audio_db is not None
+        assert report.natural > 1
+    for part in files:
+        part.verify()
 
 
 def test_bodies_are_copied_bit_by_bit(joined: Path, three: list[SegmentFiles]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import WorkflowError
-from pipeline.workflow import IMAGE_SINGLE, SlotNames, Workflow, load
+from pipeline.workflow import BUNDLED, IMAGE_SINGLE, SlotNames, Workflow, load
 
 VALUES: dict[str, object] = {
     "portrait": "job/portrait.png",
@@ -21,6 +21,21 @@ VALUES: dict[str, object] = {
     "height": 480,
     "length": 33,
     "frames": "job/window",
+    "shift": 5.0,
+    "audio_scale": 1.5,
+    "lora": "other.safetensors",
+    "lora_strength": 0.5,
+}
+MORE: dict[str, dict[str, object]] = {
+    "image_single": {},
+    "talk_single": {"context": 64, "negative": "blurred"},
+    "talk_multi": {
+        "context": 64,
+        "negative": "blurred",
+        "speech_2": "job/second.wav",
+        "mask_1": "job/left.png",
+        "mask_2": "job/right.png",
+    },
 }
 TINY = SlotNames(required=frozenset({"size"}), optional=frozenset({"extra"}))
 
@@ -41,43 +56,48 @@ def loaded(directory: Path, graph: object) -> Workflow:
     return load(path, TINY)
 
 
-def test_bundled_workflow_fills_completely() -> None:
+@pytest.mark.parametrize("name", BUNDLED)
+def test_bundled_workflow_fills_completely(name: str) -> None:
     """Every value lands in the input that the title names; nothing else changes."""
-    workflow = load("image_single")
-    graph = workflow.fill(VALUES)
+    workflow = load(name)
+    values = VALUES | MORE[name]
+    graph = workflow.fill(values)
     original = json.loads(workflow.text)
     for slot in workflow.slots:
-        assert graph[slot.node]["inputs"][slot.input] == VALUES[slot.name]
-        original[slot.node]["inputs"][slot.input] = VALUES[slot.name]
+        assert graph[slot.node]["inputs"][slot.input] == values[slot.name]
+        original[slot.node]["inputs"][slot.input] = values[slot.name]
     assert graph == original
 
 
-def test_first_window_has_no_motion() -> None:
+@pytest.mark.parametrize("name", BUNDLED)
+def test_first_window_has_no_motion(name: str) -> None:
     """None for motion drops its LoadImage and the input previous_frames, and only those."""
-    workflow = load("image_single")
-    graph = workflow.fill(VALUES | {"motion": None})
-    later = workflow.fill(VALUES)
+    workflow = load(name)
+    graph = workflow.fill(VALUES | MORE[name] | {"motion": None})
+    later = workflow.fill(VALUES | MORE[name])
     assert later.keys() - graph.keys() == {workflow.slot_node("motion")}
     window = workflow.slot_node("length")
     assert later[window]["inputs"].keys() - graph[window]["inputs"].keys() == {"previous_frames"}
 
 
-def test_bundled_workflow_is_as_the_model_needs() -> None:
+@pytest.mark.parametrize("name", BUNDLED)
+def test_bundled_workflow_is_as_the_model_needs(name: str) -> None:
     """cfg is 1 (else the audio attention fails), 9 motion frames, and only new frames are saved."""
-    graph = load("image_single").fill(VALUES)
+    graph = load(name).fill(VALUES | MORE[name])
     by_class = {node["class_type"]: (node_id, node["inputs"]) for node_id, node in graph.items()}
     window, inputs = by_class["WanInfiniteTalkToVideo"]
     assert by_class["KSampler"][1]["cfg"] == 1.0
     assert inputs["motion_frame_count"] == 9
-    assert inputs["mode"] == "single_speaker"
+    assert inputs["mode"] == ("two_speakers" if name == "talk_multi" else "single_speaker")
     trim, cut = by_class["ImageFromBatch"]
     assert cut["batch_index"] == [window, 4]
     assert by_class["SaveImage"][1]["images"] == [trim, 0]
 
 
-def test_every_bundled_node_has_a_title_and_a_reader() -> None:
+@pytest.mark.parametrize("name", BUNDLED)
+def test_every_bundled_node_has_a_title_and_a_reader(name: str) -> None:
     """Titles are for people who open the file; a node that nobody reads would be a mistake."""
-    graph = json.loads(load("image_single").text)
+    graph = json.loads(load(name).text)
     read = {
         value[0] for node in graph.values() for value in node["inputs"].values() if isinstance(value, list)
     }

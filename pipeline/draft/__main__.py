@@ -19,6 +19,7 @@ from pipeline.draft import faults
 from pipeline.draft.faults import DIE_AT_START, Fault, parse_fault
 from pipeline.draft.folders import Folders
 from pipeline.draft.nodes import DraftNodes
+from pipeline.draft.schemas import load_node_packs
 from pipeline.draft.server import DraftServer, ServerOptions
 
 log = logging.getLogger("pipeline.draft")
@@ -27,7 +28,6 @@ IGNORED_SWITCHES = (
     "--cpu",
     "--disable-auto-launch",
     "--disable-api-nodes",
-    "--disable-all-custom-nodes",
     "--disable-metadata",
     "--disable-smart-memory",
     "--dont-print-server",
@@ -61,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.error("the draft engine dies at its start, as --draft-fault %s told it to", DIE_AT_START)
         return 1
     folders = Folders.prepare(options.base_directory, options.models_directory)
+    only = options.whitelist_custom_nodes if options.disable_all_custom_nodes else None
+    load_node_packs(folders.base / "custom_nodes", only)
     max_bytes = round(options.max_upload_size * 1024 * 1024)
     server_options = ServerOptions(options.listen, options.port, tuple(options.draft_fault), max_bytes)
     try:
@@ -122,7 +124,8 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
     for flag in IGNORED_OPTIONS:
         parser.add_argument(flag, help=argparse.SUPPRESS)
-    parser.add_argument("--whitelist-custom-nodes", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--disable-all-custom-nodes", action="store_true", help="but those listed")
+    parser.add_argument("--whitelist-custom-nodes", nargs="+", default=[], metavar="NAME")
     parser.add_argument("--verbose", nargs="?", help=argparse.SUPPRESS)
     return parser
 

@@ -13,7 +13,7 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ class Model:
 
     names: tuple[str, ...]
     window: Window | None = None
+    audio_scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +104,7 @@ class NodeFunctions:
             ),
             "TrimAudioDuration": lambda inputs, _: Result((_trimmed(**inputs),)),
             "WanInfiniteTalkToVideo": self._infinite_talk,
+            "InfiniteTalkSpeech": _other_speech,
             "KSampler": self._sample,
             "VAEDecode": lambda inputs, _: Result((_decoded(inputs["samples"]),)),
             "VAEDecodeTiled": lambda inputs, _: Result((_decoded(inputs["samples"]),)),
@@ -148,9 +150,10 @@ class NodeFunctions:
         audio_start = 0 if previous is None else len(previous) - count
         picture = media.fit((previous if start is None else start[:1])[-1:], width, height)[0]
         puppet, faces = self._puppet(picture, masks)
-        heard = [voice[audio_start : audio_start + length] * abs(inputs["audio_scale"]) for voice in speech]
-        voices = tuple(Voice(face, np.clip(part, 0, 1)) for face, part in zip(faces, heard, strict=True))
-        model = replace(inputs["model"], window=Window(puppet, voices, length, 0, motion))
+        scale = abs(inputs["audio_scale"])
+        voices = _voices(faces, speech, audio_start, length, scale)
+        window = Window(puppet, voices, length, 0, motion)
+        model = replace(inputs["model"], window=window, audio_scale=scale)
         latent = Latent(width, height, length)
         return Result(
             (model, inputs["positive"], inputs["negative"], latent, count if motion is not None else 0)
@@ -310,6 +313,28 @@ def _speakers(mode: str, inputs: Inputs) -> tuple[list[NDArray[np.float32]], lis
         extras.append(inputs[f"mode.{key}"])
     second, *masks = extras
     return [first, np.concatenate([np.zeros(len(first), np.float32), second])], masks
+
+
+def _voices(
+    faces: Sequence[Face], speech: Sequence[NDArray[np.float32]], first: int, length: int, scale: float
+) -> tuple[Voice, ...]:
+    heard = [np.clip(track[first : first + length] * scale, 0, 1) for track in speech]
+    return tuple(Voice(face, part) for face, part in zip(faces, heard, strict=True))
+
+
+def _other_speech(inputs: Inputs, _context: Context) -> Result:
+    """Our own node: tracks side by side, beginning ``context`` frames before the window."""
+    model, length, context = inputs["model"], inputs["latent"].length, inputs["context"]
+    given = [inputs["audio_encoder_output_1"], inputs.get("audio_encoder_output_2")]
+    speech = [track for track in given if track is not None]
+    for number, track in enumerate(speech, start=1):
+        if len(track) < context + length:
+            raise NodeError(
+                "ValueError", f"Speech {number} has {len(track)} frames, {context + length} are needed."
+            )
+    faces = [voice.face for voice in model.window.voices]
+    voices = _voices(faces, speech, context, length, model.audio_scale)
+    return Result((replace(model, window=replace(model.window, voices=voices)),))
 
 
 def _face_in(picture: Frames, mask: NDArray[np.float32]) -> Face:

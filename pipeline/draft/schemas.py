@@ -1,18 +1,21 @@
 """Schemas of the draft engine's nodes, in the form of ComfyUI's ``GET /object_info``; look-up only.
 
 The data is in ``schemas.json``: names, types, ranges and defaults are those that a running ComfyUI 0.33.0
-reports.  What is only for a graphical editor (tool tips, search words) is left empty.  Combos of model
-files are filled from the workflows of this project and from the models' folder: the draft has no weights
-and needs none.
+reports.  What is only for a graphical editor (tool tips, search words) is left empty.  Custom nodes bring
+their own (``load_node_packs``).  Combos of model files are filled from the workflows of this project and
+from the models' folder: the draft has no weights and needs none.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
-from collections.abc import Iterator
+import logging
+from collections.abc import Collection, Iterator
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from pipeline.draft.folders import Folders
@@ -39,9 +42,60 @@ INPUT_FILES = {
 }
 """Inputs that name an uploaded file, and the suffixes that their combos list."""
 
+log = logging.getLogger(__name__)
+
 SCHEMAS: dict[str, Schema] = json.loads(
     (resources.files("pipeline.draft") / "schemas.json").read_text("utf-8")
 )
+
+
+def load_node_packs(folder: Path, only: Collection[str] | None = None) -> None:
+    """Offer the nodes of the packs (folders with ``__init__.py``) in a ``custom_nodes`` folder too.
+
+    ``only``: no others than these.  What a node does must be in ``node_functions`` as well.  A pack that
+    can't be imported is logged and left out, as ComfyUI does.
+    """
+    for path in sorted(folder.glob("*/__init__.py")):
+        name = path.parent.name
+        if only is not None and name not in only:
+            continue
+        try:
+            spec = importlib.util.spec_from_file_location(f"custom_nodes_{name}", path)
+            assert spec is not None and spec.loader is not None
+            pack = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(pack)
+            found = {node: _schema_of(node, kind, name) for node, kind in pack.NODE_CLASS_MAPPINGS.items()}
+        except Exception:
+            log.exception("Cannot import %s module for custom nodes", path.parent)
+            continue
+        SCHEMAS.update(found)
+        log.info("loaded custom nodes from %s: %s", path.parent, ", ".join(found))
+
+
+def _schema_of(name: str, kind: Any, pack: str) -> Schema:
+    """What ``GET /object_info`` says of a node of a pack."""
+    sections = {section: _lists(inputs) for section, inputs in kind.INPUT_TYPES().items()}
+    outputs = list(kind.RETURN_TYPES)
+    return {
+        "input": sections,
+        "input_order": {section: list(inputs) for section, inputs in sections.items()},
+        "is_input_list": False,
+        "output": outputs,
+        "output_is_list": [False] * len(outputs),
+        "output_name": list(getattr(kind, "RETURN_NAMES", outputs)),
+        "name": name,
+        "display_name": name,
+        "description": getattr(kind, "DESCRIPTION", ""),
+        "python_module": f"custom_nodes.{pack}",
+        "category": getattr(kind, "CATEGORY", "sd"),
+        "output_node": bool(getattr(kind, "OUTPUT_NODE", False)),
+        "has_intermediate_output": False,
+        "search_aliases": [],
+    }
+
+
+def _lists(inputs: dict[str, Any]) -> dict[str, list[Any]]:
+    return {name: list(spec) for name, spec in inputs.items()}
 
 
 def object_info(name: str, folders: Folders, *, uploads: bool = True) -> Schema | None:

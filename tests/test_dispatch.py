@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from pipeline.dispatch import Lanes, render_all
 from pipeline.errors import GraphError, JobCancelled, RendererLost, RenderFailed, StorageError
 from pipeline.messages import RenderedSegment, RendererInfo, SegmentProgress
 from pipeline.plan import Segment
-from pipeline.render import render_all
 
 Work = Callable[[int, int, int], None]
 """What a renderer does with (segment, attempt, lane); it raises what should go wrong."""
@@ -21,8 +21,9 @@ Work = Callable[[int, int, int], None]
 class ThreadRenderers:
     """Lanes that are threads; ``log`` tells who did what."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, lanes: int) -> None:
         self._work = work
+        self.state = Lanes(frozenset(range(lanes)))
         self._threads = ThreadPoolExecutor(8)
         self.log: list[tuple[int, int, int]] = []
         self.cancelled = threading.Event()
@@ -30,13 +31,16 @@ class ThreadRenderers:
     def start(self) -> Sequence[RendererInfo]:
         return ()
 
+    def lanes(self) -> Lanes:
+        return self.state
+
     def submit(self, task: Any, lane: int) -> Future[RenderedSegment]:
         segment, attempt = task
 
         def run() -> RenderedSegment:
             self.log.append((segment.index, attempt, lane))
             self._work(segment.index, attempt, lane)
-            return RenderedSegment(segment.index, lane, "here", attempt, {}, (1.0,))
+            return RenderedSegment(segment.index, lane, "here", attempt, {}, (1.0,), {})
 
         return self._threads.submit(run)
 
@@ -53,8 +57,8 @@ def segments(*windows: int) -> list[Segment]:
 
 
 def run(work: Work, parts: list[Segment], lanes: int, attempts: int = 3) -> tuple[list[int], ThreadRenderers]:
-    renderers = ThreadRenderers(work)
-    done = render_all(parts, lambda s, n: (s, n), renderers, lanes, attempts, lambda _: None)  # type: ignore[arg-type, return-value]
+    renderers = ThreadRenderers(work, lanes)
+    done = render_all(parts, lambda s, n: (s, n), renderers, attempts, lambda _: None)  # type: ignore[arg-type, return-value]
     return [rendered.index for rendered in done], renderers
 
 
@@ -139,8 +143,8 @@ def test_a_graph_error_ends_the_job_at_once() -> None:
             raise GraphError("Sampler (KSampler)", "CUDA out of memory")
         hold.wait(10)
 
-    renderers = ThreadRenderers(work)
-    done = render_all(segments(1, 1), lambda s, n: (s, n), renderers, 2, 3, lambda _: None)  # type: ignore[arg-type, return-value]
+    renderers = ThreadRenderers(work, 2)
+    done = render_all(segments(1, 1), lambda s, n: (s, n), renderers, 3, lambda _: None)  # type: ignore[arg-type, return-value]
     with pytest.raises(RenderFailed, match=r"segment 0 .*GPU 0: Sampler \(KSampler\): CUDA out of memory"):
         list(done)
     hold.set()
@@ -159,14 +163,55 @@ def test_a_full_disk_is_told_as_it_is(error: Exception) -> None:
         run(work, segments(1), lanes=1)
 
 
-def test_cancelling_passes_as_a_failure_of_its_segment() -> None:
+def test_a_cancelled_segment_cancels_the_job() -> None:
     """A renderer that was told to stop does not get its segment back."""
 
     def work(_segment: int, _attempt: int, _lane: int) -> None:
         raise JobCancelled("j")
 
-    with pytest.raises(RenderFailed, match="cancelled"):
+    with pytest.raises(JobCancelled):
         run(work, segments(1), lanes=1)
+
+
+def test_a_segment_lost_on_the_last_good_lane_is_tried_there_again() -> None:
+    """Lane 0 is left alone after its losses; a single loss on lane 1 does not leave the segment nowhere."""
+    lost_on_one = threading.Event()
+
+    def work(segment: int, _attempt: int, lane: int) -> None:
+        if lane == 0:
+            raise RendererLost(segment, "broken GPU")
+        if segment == 3 and not lost_on_one.is_set():
+            lost_on_one.set()
+            raise RendererLost(segment, "a crash")
+
+    indices, _ = run(work, segments(1, 1, 1, 1), lanes=2, attempts=2)
+    assert sorted(indices) == [0, 1, 2, 3]
+
+
+def test_a_lane_that_is_starting_gets_nothing_yet() -> None:
+    """A replaced renderer takes work when its engine answers; until then the other lane does it all."""
+    renderers = ThreadRenderers(nothing, 2)
+    renderers.state = Lanes(ready=frozenset({1}), starting=frozenset({0}))
+    done = render_all(segments(1, 1, 1), lambda s, n: (s, n), renderers, 3, lambda _: None)  # type: ignore[arg-type, return-value]
+    assert len(list(done)) == 3
+    assert {lane for _, _, lane in renderers.log} == {1}
+
+
+def test_waiting_for_a_lane_ends_with_it() -> None:
+    """With nothing ready the job waits for what is starting, and fails when that has gone too."""
+    renderers = ThreadRenderers(nothing, 1)
+    renderers.state = Lanes(ready=frozenset(), starting=frozenset({0}))
+    ticks = 0
+
+    def tick(_: dict[int, int]) -> None:
+        nonlocal ticks
+        ticks += 1
+        if ticks == 3:
+            renderers.state = Lanes(ready=frozenset())
+
+    with pytest.raises(RenderFailed, match="no renderer is left; no engine answers"):
+        list(render_all(segments(1), lambda s, n: (s, n), renderers, 3, tick))  # type: ignore[arg-type, return-value]
+    assert ticks == 3
 
 
 def test_leaving_early_cancels_what_is_in_work() -> None:
@@ -177,8 +222,8 @@ def test_leaving_early_cancels_what_is_in_work() -> None:
         if segment:
             hold.wait(10)
 
-    renderers = ThreadRenderers(work)
-    done = render_all(segments(1, 1), lambda s, n: (s, n), renderers, 2, 3, lambda _: None)  # type: ignore[arg-type, return-value]
+    renderers = ThreadRenderers(work, 2)
+    done = render_all(segments(1, 1), lambda s, n: (s, n), renderers, 3, lambda _: None)  # type: ignore[arg-type, return-value]
     assert next(done).index == 0
     done.close()  # type: ignore[attr-defined]
     assert renderers.cancelled.is_set()

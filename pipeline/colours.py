@@ -1,0 +1,123 @@
+"""Two renderings of the same frames in common colours: matched, and eased from one to the other.
+
+Every segment starts from the same reference picture and drifts.  The correction is spread evenly over the
+overlap, because that is all that is encoded again: a body is copied bit by bit and keeps its colours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.frames import Frame
+from pipeline.optical_flow import flow_between, luma, warped
+
+Stack: TypeAlias = npt.NDArray[np.uint8]
+"""uint8 [frames, height, width, 3], RGB."""
+Floats: TypeAlias = npt.NDArray[np.floating[Any]]
+
+SAMPLES = 6
+"""Frames of the overlap that colours are compared in."""
+SIDE = 240
+"""Pixels of the longer side of the small copies that are compared."""
+GAIN = (0.8, 1.25)
+"""Limits of a channel's gain: more is another light, not drift."""
+
+
+def small(frame: Frame, side: int = SIDE) -> Frame:
+    """A copy whose longer side has ``side`` pixels at most, averaged."""
+    scale = side / max(frame.shape[:2])
+    if scale >= 1:
+        return frame
+    return np.asarray(cv2.resize(frame, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA), np.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class Colours:
+    """Per channel, ``later = gain * earlier + offset``."""
+
+    gain: Floats
+    offset: Floats
+    gap: float
+    """Largest difference of a channel's mean that this makes, of 255."""
+
+    @classmethod
+    def between(cls, earlier: Stack, later: Stack) -> Colours:
+        """From means and spreads of the pixels that show the same thing, after alignment by optical flow.
+
+        Whole pictures would take a head that is elsewhere for another colour.
+        """
+        a, b = (
+            np.concatenate(part).astype(np.float32) for part in zip(*_aligned(earlier, later), strict=True)
+        )
+        alike = np.ones(len(a), bool)
+        gain, offset = np.ones(3, np.float32), np.zeros(3, np.float32)
+        for _ in range(3):
+            spread, means = (a[alike].std(0), b[alike].std(0)), (a[alike].mean(0), b[alike].mean(0))
+            gain = np.clip((spread[1] + 0.1) / (spread[0] + 0.1), *GAIN)
+            offset = means[1] - gain * means[0]
+            off = np.abs(gain * a + offset - b).max(1)
+            alike = off <= max(3 * float(np.median(off)), 2.0)
+        return cls(gain, offset, float(np.abs((gain - 1) * a.mean(0) + offset).max()))
+
+    @classmethod
+    def unchanged(cls) -> Colours:
+        """No correction."""
+        return cls(np.ones(3, np.float32), np.zeros(3, np.float32), 0.0)
+
+
+def _aligned(earlier: Stack, later: Stack) -> Iterator[tuple[Stack, Stack]]:
+    """Pixels of both renderings that are at the same place of the scene, [pixels, 3] each."""
+    for t in np.unique(np.linspace(0, len(earlier) - 1, SAMPLES).astype(int)):
+        a, b = small(earlier[t]), small(later[t])
+        moved = warped(b, flow_between(luma(a), luma(b)))
+        yield a.reshape(-1, 3), moved.reshape(-1, 3)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Both renderings in common colours: at frame 0 nearly the earlier one's, at the last the later one's.
+
+    So no step is left anywhere, whichever rendering is shown.
+    """
+
+    earlier: Stack
+    later: Stack
+    colours: Colours
+
+    def __len__(self) -> int:
+        return len(self.earlier)
+
+    def at(self, t: int) -> tuple[Frame, Frame]:
+        """Frame ``t`` of the earlier and of the later rendering."""
+        share = (t + 1) / (len(self) + 1)
+        gain, offset = self.colours.gain, self.colours.offset
+        if not self.colours.gap and (gain == 1).all():
+            return self.earlier[t], self.later[t]
+        ahead = _mapped(self.earlier[t], 1 + share * (gain - 1), share * offset)
+        back = _mapped(self.later[t], 1 + (1 - share) * (1 / gain - 1), -(1 - share) * offset / gain)
+        return ahead, back
+
+
+def _mapped(frame: Frame, gain: Floats, offset: Floats) -> Frame:
+    """Dithered: rounding alone would let all pixels of a colour take the same level at the same frame."""
+    height, width = frame.shape[:2]
+    dither = np.tile(_DITHER, (-(-height // 8), -(-width // 8)))[:height, :width, None]
+    levels = frame * np.asarray(gain, np.float32) + np.asarray(offset, np.float32) + dither
+    return np.clip(np.rint(levels), 0, 255).astype(np.uint8)
+
+
+def _bayer(order: int) -> Floats:
+    """Ordered dither thresholds, ``2**order`` square, inside (-0.5, 0.5): whole levels stay as they are."""
+    matrix = np.zeros((1, 1))
+    for _ in range(order):
+        matrix = np.block([[4 * matrix, 4 * matrix + 2], [4 * matrix + 3, 4 * matrix + 1]])
+    return np.asarray((matrix + 0.5) / matrix.size - 0.5, np.float32)
+
+
+_DITHER = _bayer(3)

@@ -1,0 +1,132 @@
+"""Mapping segments to renderers: which goes where, another try after a loss, and when to give up.
+
+Renderers are behind a protocol, so this runs with Ray actors and, in tests, with threads.  What happens to
+a finished segment is ``render``'s business.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
+from typing import Protocol
+
+from pipeline.errors import JobCancelled, PipelineError, RendererLost, RenderFailed, StorageError
+from pipeline.messages import RenderedSegment, RendererInfo, SegmentProgress, SegmentTask
+from pipeline.plan import Segment
+
+TICK_SECONDS = 0.25
+"""How often progress is asked for while nothing finishes."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Lanes:
+    """The state of a pool: lanes whose engine answers, and lanes whose engine is being started."""
+
+    ready: frozenset[int]
+    starting: frozenset[int] = frozenset()
+
+
+class Renderers(Protocol):
+    """Lanes that take one segment at a time; a lane whose renderer is lost gets a new one."""
+
+    def start(self) -> Sequence[RendererInfo]:
+        """Wait until the engines answer; one entry for each lane that has one."""
+
+    def lanes(self) -> Lanes:
+        """Which lanes can take a segment now, and which may come back."""
+
+    def submit(self, task: SegmentTask, lane: int) -> Future[RenderedSegment]:
+        """Render on a lane; fails with ``RendererLost`` where another try makes sense."""
+
+    def progress(self) -> Sequence[SegmentProgress]:
+        """How far the segments in work are."""
+
+    def cancel(self) -> None:
+        """Stop what is in work and wait for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    segment: Segment
+    number: int = 1
+    lost_on: frozenset[int] = frozenset()
+
+
+def render_all(
+    segments: Sequence[Segment],
+    task_for: Callable[[Segment, int], SegmentTask],
+    renderers: Renderers,
+    max_attempts: int,
+    tick: Callable[[dict[int, int]], None],
+) -> Iterator[RenderedSegment]:
+    """Yield segments as they finish: longest first, each on its planned lane, or on any that is idle.
+
+    A segment whose renderer is lost gets another try on another lane, ``max_attempts`` in all; a lane
+    that lost that many in a row is left alone.  Any other error ends the job: ``RenderFailed`` with the
+    segment and what its renderer said.  Whatever ends the iteration cancels what is still in work.
+
+    ``tick`` gets the segments in work and their lanes several times a second.
+    """
+    waiting = [_Attempt(segment) for segment in segments]
+    running: dict[Future[RenderedSegment], tuple[_Attempt, int]] = {}
+    losses: Counter[int] = Counter()
+    reason = "no engine answers"
+    try:
+        while waiting or running:
+            state = renderers.lanes()
+            busy = {lane for _, lane in running.values()}
+            usable = frozenset(lane for lane in state.ready | state.starting if losses[lane] < max_attempts)
+            for lane in sorted((usable & state.ready) - busy):
+                if chosen := _choose(waiting, lane, usable):
+                    waiting.remove(chosen)
+                    task = task_for(chosen.segment, chosen.number)
+                    running[renderers.submit(task, lane)] = (chosen, lane)
+            if not running and not usable:
+                raise RenderFailed(waiting[0].segment.index, f"no renderer is left; {reason}")
+            # With nothing in work, this is the pause before the next look at the lanes.
+            done, _ = wait(running or {Future()}, timeout=TICK_SECONDS, return_when=FIRST_COMPLETED)
+            tick({attempt.segment.index: lane for attempt, lane in running.values()})
+            for future in done:
+                attempt, lane = running.pop(future)
+                try:
+                    rendered = future.result()
+                except RendererLost as lost:
+                    reason = lost.reason
+                    losses[lane] += 1
+                    waiting.append(_another_try(attempt, lane, lost, max_attempts))
+                except (StorageError, JobCancelled):
+                    raise
+                except PipelineError as error:
+                    raise RenderFailed(attempt.segment.index, f"GPU {lane}: {error}") from error
+                else:
+                    losses[lane] = 0
+                    yield rendered
+    finally:
+        if running:
+            renderers.cancel()
+
+
+def _choose(waiting: Sequence[_Attempt], lane: int, usable: frozenset[int]) -> _Attempt | None:
+    """The longest segment planned for this lane, else the longest of all.
+
+    Not one that was lost here, unless it was lost on every lane that is left.
+    """
+    fit = [a for a in waiting if lane not in a.lost_on or usable <= a.lost_on]
+    return max(fit, key=lambda a: (a.segment.gpu == lane, a.segment.rendered, -a.segment.index), default=None)
+
+
+def _another_try(attempt: _Attempt, lane: int, lost: RendererLost, max_attempts: int) -> _Attempt:
+    if attempt.number >= max_attempts:
+        raise RenderFailed(attempt.segment.index, f"lost {attempt.number} renderers; {lost.reason}") from lost
+    log.warning(
+        "segment %d lost its renderer and gets another try: %s",
+        attempt.segment.index,
+        lost.reason,
+        extra={"segment": attempt.segment.index, "gpu": lane, "attempt": attempt.number + 1},
+    )
+    return _Attempt(attempt.segment, attempt.number + 1, attempt.lost_on | {lane})

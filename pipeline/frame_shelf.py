@@ -1,0 +1,88 @@
+"""Between an engine and a segment's files: uploads, finished frames, and what was run for them.
+
+What all segment runners share (``segment``, ``wrapper_segment``).  No windows, no Ray.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image
+
+from pipeline.comfy_answers import OutputFile
+from pipeline.comfy_client import ComfyClient
+from pipeline.comfy_events import PromptProgress
+from pipeline.errors import EngineError, GraphError
+from pipeline.messages import NodeRuns, SegmentTask
+from pipeline.segment_files import Frame, SegmentWriter
+from pipeline.workflow import Graph
+
+Discard = Callable[[list[OutputFile]], None]
+"""Deletes files of the engine that were fetched."""
+
+
+def window_seed(job_seed: int, segment: int, window: int) -> int:
+    """The sampler's seed of one window: different in every segment, the same in every attempt.
+
+    With one seed for all, segments would open with the same motion (equal noise on an equal picture).
+
+    >>> window_seed(1, 0, 0) != window_seed(1, 1, 0)
+    True
+    """
+    digest = hashlib.sha256(f"{job_seed}/{segment}/{window}".encode()).digest()
+    return int.from_bytes(digest[:6], "big")
+
+
+class FrameShelf:
+    """Takes frames out of the engine and puts them, in order, into the segment's files."""
+
+    def __init__(
+        self, client: ComfyClient, writer: SegmentWriter, task: SegmentTask, discard: Discard
+    ) -> None:
+        self._client, self._writer, self._discard = client, writer, discard
+        self._left = task.frames
+        self._shape = (task.recipe.height, task.recipe.width, 3)
+
+    def fetch(self, file: OutputFile) -> Frame:
+        """One decoded frame."""
+        try:
+            with Image.open(io.BytesIO(self._client.view(file))) as picture:
+                frame = np.asarray(picture.convert("RGB"))
+        except (OSError, SyntaxError) as error:
+            raise EngineError(
+                f"the engine gave a frame that is no picture: {file['filename']}: {error}"
+            ) from None
+        if frame.shape != self._shape:
+            raise GraphError(
+                "frames",
+                f"a frame is {frame.shape[1]}x{frame.shape[0]}, not {self._shape[1]}x{self._shape[0]}",
+            )
+        return frame
+
+    def store(self, early: list[OutputFile], late: list[OutputFile], last: list[Frame]) -> None:
+        """Write a window: ``early`` is still to be fetched, ``last`` are the frames of ``late``."""
+        for file in early:
+            self._write(self.fetch(file))
+        for frame in last:
+            self._write(frame)
+        self._discard(early + late)
+
+    def _write(self, frame: Frame) -> None:
+        if self._left:  # the last window may be longer than what is left of the segment
+            self._writer.write(frame)
+            self._left -= 1
+
+
+def upload(client: ComfyClient, content: bytes, suffix: str) -> str:
+    """Give a file to the engine under a name made of its content; what is there already stays."""
+    return client.upload(f"{hashlib.sha256(content).hexdigest()[:24]}.{suffix}", content)
+
+
+def count_nodes(nodes: dict[str, NodeRuns], graph: Graph, seen: PromptProgress) -> None:
+    """Add what a prompt ran, and what it found in the engine's cache."""
+    for node_id, node in graph.items():
+        runs = NodeRuns(ran=node_id in seen.done - seen.cached, cached=node_id in seen.cached)
+        nodes[node["class_type"]] = nodes.get(node["class_type"], NodeRuns()) + runs
