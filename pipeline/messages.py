@@ -6,7 +6,6 @@ Values only: no handles, no open files, nothing of Ray.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -41,11 +40,8 @@ class SegmentTask:
 
     recipe: Recipe
     index: int
-    lane: int
-    """The lane that the plan had in mind."""
-    start: int
     frames: int
-    """The segment covers the frames ``[start, start + frames)`` of the job."""
+    """Frames of the job that the segment covers; more may be rendered, they are dropped at the end."""
     windows: tuple[int, ...]
     """The length of each window in frames; later windows repeat ``motion`` frames of the one before."""
     head: int
@@ -117,7 +113,3 @@ class RendererInfo:
     guard_pid: int
     device: str
     memory_gb: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """For logs and JSON."""
-        return {name: getattr(self, name) for name in self.__slots__}

@@ -94,8 +94,6 @@ class Preparation:
         return SegmentTask(
             recipe=recipe,
             index=segment.index,
-            lane=segment.gpu,
-            start=segment.start,
             frames=segment.frames,
             windows=segment.windows,
             head=overlaps[segment.index],

@@ -165,7 +165,7 @@ def _is_finished(folder: Path) -> bool:
     if not folder.exists():
         return False
     try:
-        SegmentFiles.in_folder(folder)
+        SegmentFiles.in_folder(folder).verify()
     except MediaError as error:
         log.warning("a kept segment is damaged and rendered again: %s", error)
         shutil.rmtree(folder)

@@ -200,8 +200,6 @@ def test_a_chain_of_windows_has_the_exact_length(comfy: Comfy, tmp_path: Path, n
     task = SegmentTask(
         Recipe("job", load(name), "a person talks", 7, 2, SIZE, SIZE, MOTION, presets=(("shift", 5.0),)),
         index=1,
-        lane=0,
-        start=100,
         frames=frames,
         windows=(LENGTH, LENGTH),
         head=frames,

@@ -59,8 +59,6 @@ def task_of(portrait: Path, **changes: object) -> SegmentTask:
     fields = {
         "recipe": recipe,
         "index": 3,
-        "lane": 0,
-        "start": START,
         "frames": FRAMES,
         "windows": WINDOWS,
         "head": FRAMES,  # lossless, so that every frame can be looked at

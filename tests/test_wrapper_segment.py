@@ -116,8 +116,6 @@ def task_of(mode: str = "image", people: str = "single", **changes: object) -> S
     fields = {
         "recipe": recipe,
         "index": 2,
-        "lane": 0,
-        "start": 1000,
         "frames": 150,
         "windows": (81, 81),
         "head": 150,  # lossless, so that every frame can be looked at
