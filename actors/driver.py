@@ -59,7 +59,7 @@ def render(
     Finished segments are kept beside the output until the video is there, so the same call after a
     failure goes on with what is missing; with ``job_dir`` the job lives there, and stays.  Renderers are
     those of ``pool``, or are started for this job on ``gpus`` GPUs (default: all).
-    Raises ``PipelineError``; KeyboardInterrupt leaves no process behind either.
+    Raises ``PipelineError``; a KeyboardInterrupt becomes ``JobCancelled``, and leaves no process behind.
     """
     check_gpus(gpus)
     engine = engine_kind(settings)

@@ -102,18 +102,18 @@ def render_video(
             )
         clock.lap("join")
         result = RenderResult(
-            job.name,
-            str(target),
-            engine,
-            len(done.lanes),
-            len(plan.segments),
-            shown,
-            prepared.width,
-            prepared.height,
-            seams,
-            clock.laps(),
-            done.nodes,
-            request.fps,
+            job=job.name,
+            video_path=str(target),
+            engine=engine,
+            gpu_count=len(done.lanes),
+            segments_processed=len(plan.segments),
+            frames=shown,
+            width=prepared.width,
+            height=prepared.height,
+            seams=seams,
+            timings=clock.laps(),
+            nodes=done.nodes,
+            fps=request.fps,
         )
         job.write_json(job.result, result.as_dict())
         log.info(
@@ -123,7 +123,7 @@ def render_video(
             extra={
                 "job": job.name,
                 "engine": engine,
-                "frames": plan.total_frames,
+                "frames": shown,
                 "output": str(target),
             },
         )

@@ -496,3 +496,25 @@ def test_the_real_example_on_several_renderers(
     command = render("--audio", data / "1.wav", "-o", output, "--gpus", lanes, image=data / "ref_image.png")
     assert command.finish() == 0, command.log
     assert len(decoded(output)) == command.result["frames"] == round(samples(data / "1.wav") / 640)
+
+
+@pytest.mark.skipif(not (SHARED / "data").exists(), reason="the shared example media are not here")
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"--image": "multi/ref_img.png", "--audio": "multi/1-man.WAV", "--audio-2": "multi/1-woman.WAV"},
+        {"--video": "single/ref_video.mp4", "--audio": "single/1.wav"},
+    ],
+    ids=["two speakers", "talking-head video"],
+)
+def test_the_other_real_examples(tmp_path: Path, given: dict[str, str]) -> None:
+    """Two speakers in one picture, and a video in the portrait's place: 110 frames in two segments."""
+    output = tmp_path / "talk.mp4"
+    inputs = [
+        word for option, file in given.items() for word in (option, SHARED / "data/infinitetalk" / file)
+    ]
+    options = ["-o", output, "--width", SIZE, "--height", SIZE, "--max-frames", 110, "--json"]
+    command = Command(tmp_path, [*inputs, *options])
+    assert command.finish() == 0, command.log
+    assert len(decoded(output)) == 110
+    assert command.result["segments_processed"] == 2
