@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline import ffmpeg
+from pipeline.frame_writer import FrameWriter
 from pipeline.frames import check_video
 from pipeline.sound import make_track
 from pipeline.timeline import FPS
@@ -56,7 +57,7 @@ def main() -> None:
 
 
 def _part(path: Path) -> None:
-    with ffmpeg.FrameWriter(path, SIDE, SIDE, ffmpeg.FINAL) as writer:
+    with FrameWriter(path, SIDE, SIDE, ffmpeg.FINAL) as writer:
         for t in range(PART):
             level = 255 if t in FLASHES else 60 + t % 50
             writer.write(np.full((SIDE, SIDE, 3), level, np.uint8))

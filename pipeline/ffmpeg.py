@@ -14,19 +14,15 @@ import signal
 import subprocess
 import tempfile
 import threading
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import ffmpeg
 import imageio_ffmpeg
-import numpy as np
 
 from pipeline.errors import ConfigurationError, MediaError, StorageError
-from pipeline.frames import Frame
 from pipeline.timeline import FPS
 
 TICKS = 512
@@ -315,75 +311,18 @@ def _path(path: Path) -> str:
     return str(path.resolve())  # absolute: a relative name could read as an option or a protocol
 
 
-class FrameWriter:
-    """Encodes RGB frames into one file, as a context manager.
+def start_encoder(target: Path, width: int, height: int, encoding: Encoding) -> subprocess.Popen[bytes]:
+    """Start ffmpeg on raw RGB frames that come through its stdin; its stderr must be drained.
 
-    Leaving it by an exception kills ffmpeg and removes the file.
+    Raises ``ConfigurationError``.
     """
-
-    def __init__(self, target: Path, width: int, height: int, encoding: Encoding) -> None:
-        self.frames = 0
-        self._target, self._shape = target, (height, width, 3)
-        stream = ffmpeg.input("pipe:", format="rawvideo", pix_fmt="rgb24", s=f"{width}x{height}", r=FPS)
-        stream = stream.output(_path(target), format=encoding.container, an=None, **encoding.options)
-        arguments = command(stream)
-        arguments.remove("-nostdin")  # the frames come that way
-        pipe, null = subprocess.PIPE, subprocess.DEVNULL
-        with _starting():
-            self._process = subprocess.Popen(
-                arguments, stdin=pipe, stdout=null, stderr=pipe, env=_environment()
-            )
-        self._said: deque[str] = deque(maxlen=20)
-        # An undrained stderr fills its pipe and stops ffmpeg in the middle.
-        self._drain = threading.Thread(target=self._listen, name="ffmpeg-stderr", daemon=True)
-        self._drain.start()
-
-    def write(self, frame: Frame) -> None:
-        """Append one frame, uint8 [H, W, 3].  Raises ``MediaError``, ``StorageError``."""
-        if frame.shape != self._shape or frame.dtype != np.uint8:
-            raise ValueError(f"frame is {frame.dtype} {frame.shape}, file takes uint8 {self._shape}")
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(np.ascontiguousarray(frame).data)
-        except BrokenPipeError:
-            self.close()
-            raise MediaError(f"ffmpeg ended before {self._target.name} was complete") from None
-        self.frames += 1
-
-    def close(self) -> None:
-        """Finish the file.  Raises ``MediaError``, ``StorageError``; the file is then removed."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        code = self._process.wait()
-        self._drain.join()
-        if code:
-            self._target.unlink(missing_ok=True)
-            raise failure(f"encode {self._target.name}", self._target, code, "\n".join(self._said))
-
-    def abort(self) -> None:
-        """Kill ffmpeg and remove the file."""
-        self._process.kill()
-        with contextlib.suppress(MediaError, StorageError):
-            self.close()
-        self._target.unlink(missing_ok=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.abort()
-
-    def _listen(self) -> None:
-        assert self._process.stderr is not None
-        with self._process.stderr as stderr:
-            for line in stderr:
-                self._said.append(line.decode(errors="replace").rstrip())
+    stream = ffmpeg.input("pipe:", format="rawvideo", pix_fmt="rgb24", s=f"{width}x{height}", r=FPS)
+    stream = stream.output(_path(target), format=encoding.container, an=None, **encoding.options)
+    arguments = command(stream)
+    arguments.remove("-nostdin")  # the frames come that way
+    pipe, null = subprocess.PIPE, subprocess.DEVNULL
+    with _starting():
+        return subprocess.Popen(arguments, stdin=pipe, stdout=null, stderr=pipe, env=_environment())
 
 
 @contextlib.contextmanager

@@ -17,14 +17,14 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import MediaError, StorageError
-from pipeline.ffmpeg import FINAL, LOSSLESS, FrameWriter
+from pipeline.ffmpeg import FINAL, LOSSLESS
+from pipeline.frame_writer import FrameWriter, Writer
 from pipeline.frames import Frame as Frame
 
 PARTS = {"head": LOSSLESS, "body": FINAL, "tail": LOSSLESS}
@@ -95,7 +95,7 @@ class SegmentFiles:
         return cls.in_folder(folder)
 
 
-class SegmentWriter:
+class SegmentWriter(Writer):
     """Takes the frames of a segment in order and routes them into its files, as a context manager.
 
     ``folder`` appears when the block ends well and every frame came, and replaces an older one;
@@ -151,17 +151,6 @@ class SegmentWriter:
         if self._writer is not None:
             self._writer.abort()
         shutil.rmtree(self._partial, ignore_errors=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.abort()
 
     def _place(self, index: int) -> tuple[str, bool, bool]:
         """The part of frame ``index``, and whether it is the part's first and its last frame."""

@@ -17,6 +17,7 @@ import numpy as np
 
 from pipeline import ffmpeg, seam_metrics
 from pipeline.errors import MediaError, StorageError
+from pipeline.frame_writer import FrameWriter
 from pipeline.frames import check_video, read_stack, stream_header
 from pipeline.plan import Plan
 from pipeline.seam import WARM_UP, Method, SeamReport, join_overlap
@@ -112,7 +113,7 @@ def _seam(
     tracks = [frame_levels(track, start, overlap) for track in speech]
     levels = [max(frame) for frame in zip(*tracks, strict=True)] or None
     frames, report = join_overlap(earlier, later, method=method, warm_up=warm_up, start=start, levels=levels)
-    with ffmpeg.FrameWriter(target, before.width, before.height, ffmpeg.FINAL) as writer:
+    with FrameWriter(target, before.width, before.height, ffmpeg.FINAL) as writer:
         for frame in frames:
             writer.write(frame)
     log.info("seam at frame %d: %s over %d frames", report.frame, report.method, report.frames)

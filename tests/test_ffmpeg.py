@@ -16,7 +16,8 @@ from av.video.frame import PictureType
 
 from pipeline import ffmpeg
 from pipeline.errors import ConfigurationError, MediaError, StorageError
-from pipeline.ffmpeg import FINAL, LOSSLESS, Encoding, FrameWriter
+from pipeline.ffmpeg import FINAL, LOSSLESS, Encoding
+from pipeline.frame_writer import FrameWriter
 from pipeline.frames import Frame, check_video, read_frames, stream_header
 
 NOISE = np.random.default_rng(1).integers(0, 256, (8, 48, 64, 3), np.uint8)

@@ -19,6 +19,7 @@ import pytest
 
 from pipeline import ffmpeg
 from pipeline.ffmpeg import TICKS
+from pipeline.frame_writer import FrameWriter
 from pipeline.frames import Frame, check_video, read_frames, stream_header
 from pipeline.plan import Plan, Segment
 from pipeline.segment_files import SegmentFiles, SegmentWriter
@@ -204,7 +205,7 @@ def test_sound_is_in_step_after_many_joins(tmp_path: Path, codec: str) -> None:
     """
     joins, length = 18, 250
     flashes = (3, length - 5)
-    with ffmpeg.FrameWriter(tmp_path / "part.mp4", WIDTH, HEIGHT, ffmpeg.FINAL) as writer:
+    with FrameWriter(tmp_path / "part.mp4", WIDTH, HEIGHT, ffmpeg.FINAL) as writer:
         for t in range(length):
             writer.write(picture(t, flashes))
     frames = tuple(part * length + flash for part in range(joins) for flash in flashes)

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from pipeline import ffmpeg
+from pipeline.frame_writer import FrameWriter
 from pipeline.portrait import prepare_portrait
 from pipeline.source_video import SourceVideo
 
@@ -50,7 +51,7 @@ def out_of_the_pipeline(png: bytes, tmp_path: Path) -> Pixels:
     with Image.open(io.BytesIO(png)) as picture:
         pixels = np.asarray(picture.convert("RGB"))
     height, width = pixels.shape[:2]
-    with ffmpeg.FrameWriter(tmp_path / "out.mp4", width, height, ffmpeg.FINAL) as writer:
+    with FrameWriter(tmp_path / "out.mp4", width, height, ffmpeg.FINAL) as writer:
         writer.write(pixels)
     shown = ["-vf", "scale=flags=accurate_rnd+full_chroma_int", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
     raw = run("-i", tmp_path / "out.mp4", *shown)
