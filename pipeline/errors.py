@@ -13,6 +13,9 @@
       MediaError           ffmpeg or a decoder failed on our own files
       DownloadError        a weight did not arrive whole; the same command goes on with it
       JobCancelled         somebody asked for it
+      JobNotFound          there is no such job (any more)
+      JobConflict          the job's state, or another request, is in the way
+      QueueFull            too many jobs wait; later there is room again
 
 Every field goes to ``super().__init__`` by position, so that the errors survive pickling (Ray).
 Foreign errors become these where they enter: ``comfy_client``, ``engine``, ``ffmpeg``, ``actors.pool``.
@@ -147,3 +150,36 @@ class JobCancelled(PipelineError):
 
     def __str__(self) -> str:
         return f"job {self.job} was cancelled"
+
+
+class JobNotFound(PipelineError):
+    """There is no job of that name, or it was deleted."""
+
+    def __init__(self, job: str) -> None:
+        super().__init__(job)
+        self.job = job
+
+    def __str__(self) -> str:
+        return f"job {self.job} is not known (any more)"
+
+
+class JobConflict(PipelineError):
+    """The job is in no state for this, or its key stands for something else."""
+
+    def __init__(self, job: str, reason: str) -> None:
+        super().__init__(job, reason)
+        self.job, self.reason = job, reason
+
+    def __str__(self) -> str:
+        return f"job {self.job}: {self.reason}"
+
+
+class QueueFull(PipelineError):
+    """No more jobs are taken until some are done."""
+
+    def __init__(self, queued: int) -> None:
+        super().__init__(queued)
+        self.queued = queued
+
+    def __str__(self) -> str:
+        return f"{self.queued} jobs are waiting already; try again later"

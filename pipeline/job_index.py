@@ -1,0 +1,490 @@
+"""The index of a service's jobs: one row for each job, one for each thing that happened to it.
+
+The only truth about a job's state; what is rendered of it lies in its directory (``pipeline.job``).  SQLite
+in a file, or PostgreSQL where several heads share one index.  Every change is one transaction, so any
+process may die at any line.  No Ray, no HTTP, no files of jobs.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError
+
+from pipeline.errors import JobConflict, JobNotFound, QueueFull
+
+JobState = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
+FINAL: frozenset[JobState] = frozenset({"completed", "failed", "cancelled"})
+EventKind = Literal["status", "progress", "segment", "log"]
+
+LEASE_SECONDS = 10.0
+"""A runner that has not renewed its hold on a job for so long is dead; its jobs are queued again."""
+
+_tables = sa.MetaData()
+_jobs = sa.Table(
+    "jobs",
+    _tables,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("state", sa.String(16), nullable=False, index=True),
+    sa.Column("api", sa.String(16), nullable=False),
+    sa.Column("owner", sa.String(100), nullable=False),
+    sa.Column("priority", sa.Integer, nullable=False),
+    sa.Column("created", sa.Float, nullable=False, index=True),
+    sa.Column("started", sa.Float),
+    sa.Column("finished", sa.Float),
+    sa.Column("expires", sa.Float),
+    sa.Column("execution_seconds", sa.Float),
+    sa.Column("fields", sa.JSON, nullable=False),
+    sa.Column("sources", sa.JSON, nullable=False),
+    sa.Column("extra", sa.JSON, nullable=False),
+    sa.Column("task", sa.JSON, nullable=False),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("stage", sa.String(16), nullable=False),
+    sa.Column("progress", sa.Float, nullable=False),
+    sa.Column("eta_seconds", sa.Float),
+    sa.Column("detail", sa.JSON, nullable=False),
+    sa.Column("error", sa.JSON),
+    sa.Column("result", sa.JSON),
+    sa.Column("bytes", sa.BigInteger, nullable=False),
+    sa.Column("idempotency_key", sa.String(255)),
+    sa.Column("fingerprint", sa.String(64), nullable=False),
+    sa.Column("runner", sa.String(64)),
+    sa.Column("lease_until", sa.Float),
+    sa.UniqueConstraint("owner", "idempotency_key"),
+)
+_events = sa.Table(
+    "events",
+    _tables,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("job", sa.String(64), nullable=False, index=True),
+    sa.Column("at", sa.Float, nullable=False),
+    sa.Column("kind", sa.String(16), nullable=False),
+    sa.Column("data", sa.JSON, nullable=False),
+    sqlite_autoincrement=True,  # an id is never given twice: clients resume by it
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One job as the index knows it.  Times are seconds since 1970."""
+
+    id: str
+    state: JobState
+    api: str
+    """The door it came in by: ``v1``, ``runpod``, ``openai``."""
+    owner: str
+    """Name of the token that it came with."""
+    priority: int
+    """Higher goes first; the same goes by age."""
+    created: float
+    started: float | None
+    finished: float | None
+    expires: float | None
+    """Still queued then, it fails."""
+    execution_seconds: float | None
+    """How long it may be in progress."""
+    fields: dict[str, Any]
+    """Of ``RenderRequest``, without the files."""
+    sources: dict[str, dict[str, str]]
+    """Where each file of the request comes from: ``pipeline.job_store.Source`` by field."""
+    extra: dict[str, Any]
+    """What only the job's API, its webhook or its upload need to know."""
+    task: dict[str, Any]
+    """What is to be done: ``{"kind": "render"}``, or a redo."""
+    attempt: int
+    """How often a runner has taken it."""
+    stage: str
+    progress: float
+    """0 to 100, by windows."""
+    eta_seconds: float | None
+    detail: dict[str, Any]
+    """Segments and GPUs, for people."""
+    error: dict[str, Any] | None
+    """``code, message, field`` of a failed job."""
+    result: dict[str, Any] | None
+    bytes: int
+    """On disk, once it is finished."""
+    idempotency_key: str | None
+
+    @property
+    def is_final(self) -> bool:
+        return self.state in FINAL
+
+
+@dataclass(frozen=True, slots=True)
+class NewJob:
+    """What makes a job."""
+
+    api: str
+    owner: str
+    fields: dict[str, Any]
+    sources: dict[str, dict[str, str]]
+    fingerprint: str
+    """Digest of the request: the same idempotency key with another one is a mistake."""
+    priority: int = 0
+    idempotency_key: str | None = None
+    queue_seconds: float | None = None
+    execution_seconds: float | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened to a job; ids rise."""
+
+    id: int
+    job: str
+    at: float
+    kind: EventKind
+    data: dict[str, Any]
+
+
+class JobIndex:
+    """All jobs of a service, behind one URL; safe for many processes at once."""
+
+    def __init__(self, url: str) -> None:
+        self._engine = sa.create_engine(url)
+        if self._engine.dialect.name == "sqlite":
+            _make_sqlite_dependable(self._engine)
+        _tables.create_all(self._engine)
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self._engine.dispose()
+
+    def _read(self) -> sa.Connection:
+        return self._engine.connect().execution_options(reads=True)
+
+    # --- clients ---------------------------------------------------------------------------------
+
+    def add(self, new: NewJob, max_queued: int) -> tuple[Job, bool]:
+        """Store a job; on return it is on disk.  False: its idempotency key is known, that job is given.
+
+        Raises ``QueueFull``, ``JobConflict`` (the key stands for another request).
+        """
+        now = time.time()
+        row = {
+            "id": new.id,
+            "state": "queued",
+            "api": new.api,
+            "owner": new.owner,
+            "priority": new.priority,
+            "created": now,
+            "expires": None if new.queue_seconds is None else now + new.queue_seconds,
+            "execution_seconds": new.execution_seconds,
+            "fields": new.fields,
+            "sources": new.sources,
+            "extra": new.extra,
+            "task": {"kind": "render"},
+            "attempt": 0,
+            "stage": "queued",
+            "progress": 0.0,
+            "detail": {},
+            "bytes": 0,
+            "idempotency_key": new.idempotency_key,
+            "fingerprint": new.fingerprint,
+        }
+        try:
+            with self._engine.begin() as db:
+                if new.idempotency_key is not None and (known := self._same_key(db, new)):
+                    return known, False
+                queued = db.execute(_count(_jobs.c.state == "queued")).scalar_one()
+                if queued >= max_queued:
+                    raise QueueFull(queued)
+                db.execute(_jobs.insert().values(row))
+                _tell(db, new.id, "status", {"state": "queued"})
+        except IntegrityError:  # two at once, on PostgreSQL
+            with self._engine.begin() as db:
+                known = self._same_key(db, new)
+            if known is None:
+                raise
+            return known, False
+        return self.get(new.id), True
+
+    @staticmethod
+    def _same_key(db: sa.Connection, new: NewJob) -> Job | None:
+        same = (_jobs.c.owner == new.owner) & (_jobs.c.idempotency_key == new.idempotency_key)
+        row = db.execute(sa.select(_jobs).where(same)).mappings().first()
+        if row is None:
+            return None
+        if row["fingerprint"] != new.fingerprint:
+            raise JobConflict(row["id"], "its idempotency key was used for another request")
+        return _job(row)
+
+    def get(self, job: str) -> Job:
+        """Raises ``JobNotFound``."""
+        with self._read() as db:
+            row = db.execute(sa.select(_jobs).where(_jobs.c.id == job)).mappings().first()
+        if row is None:
+            raise JobNotFound(job)
+        return _job(row)
+
+    def jobs(
+        self,
+        *,
+        api: str | None = None,
+        owner: str | None = None,
+        states: Iterable[JobState] | None = None,
+        after: str | None = None,
+        limit: int = 50,
+        oldest_first: bool = False,
+    ) -> list[Job]:
+        """Jobs by age, newest first; ``after`` is the id of the last one of the page before."""
+        query = sa.select(_jobs)
+        for column, value in ((_jobs.c.api, api), (_jobs.c.owner, owner)):
+            if value is not None:
+                query = query.where(column == value)
+        if states is not None:
+            query = query.where(_jobs.c.state.in_(list(states)))
+        key = sa.tuple_(_jobs.c.created, _jobs.c.id)
+        if after is not None:
+            last = self.get(after)
+            mark = sa.tuple_(sa.literal(last.created), sa.literal(last.id))
+            query = query.where(key > mark if oldest_first else key < mark)
+        order = (_jobs.c.created, _jobs.c.id)
+        query = query.order_by(*(order if oldest_first else [column.desc() for column in order])).limit(limit)
+        with self._read() as db:
+            return [_job(row) for row in db.execute(query).mappings()]
+
+    def counts(self, api: str | None = None) -> dict[JobState, int]:
+        """How many jobs are in each state."""
+        query = sa.select(_jobs.c.state, sa.func.count()).group_by(_jobs.c.state)
+        if api is not None:
+            query = query.where(_jobs.c.api == api)
+        with self._read() as db:
+            found: dict[str, int] = dict(row.tuple() for row in db.execute(query))
+        return {state: found.get(state, 0) for state in get_args(JobState)}
+
+    def ahead(self, job: Job) -> int:
+        """Queued jobs that go before this queued one."""
+        before = (_jobs.c.priority > job.priority) | (
+            (_jobs.c.priority == job.priority)
+            & (
+                sa.tuple_(_jobs.c.created, _jobs.c.id)
+                < sa.tuple_(sa.literal(job.created), sa.literal(job.id))
+            )
+        )
+        with self._read() as db:
+            return db.execute(_count((_jobs.c.state == "queued") & before)).scalar_one()
+
+    def cancel(self, job: str) -> Job:
+        """End a job that is not over; one that is stays as it is.  Its runner notices within a tick."""
+        with self._engine.begin() as db:
+            alive = _jobs.c.state.in_(["queued", "in_progress"])
+            self._end(db, (_jobs.c.id == job) & alive, job, "cancelled")
+        return self.get(job)
+
+    def again(self, job: str, task: Mapping[str, Any], states: Sequence[JobState]) -> Job:
+        """Queue a job that is over once more, to do ``task``.
+
+        Raises ``JobNotFound``, ``JobConflict`` when it is in none of ``states``.
+        """
+        with self._engine.begin() as db:
+            done = db.execute(
+                _jobs.update()
+                .where((_jobs.c.id == job) & _jobs.c.state.in_(list(states)))
+                .values(
+                    state="queued",
+                    stage="queued",
+                    task=dict(task),
+                    started=None,
+                    finished=None,
+                    expires=None,
+                    error=None,
+                    progress=0.0,
+                    eta_seconds=None,
+                )
+            )
+            if done.rowcount:
+                _tell(db, job, "status", {"state": "queued", "task": dict(task)})
+        found = self.get(job)
+        if not done.rowcount:
+            raise JobConflict(job, f"it is {found.state}; this needs {' or '.join(states)}")
+        return found
+
+    def cancel_queued(self, api: str, owner: str) -> list[str]:
+        """Cancel all queued jobs of an API and an owner; their ids."""
+        mine = (_jobs.c.state == "queued") & (_jobs.c.api == api) & (_jobs.c.owner == owner)
+        with self._engine.begin() as db:
+            ids = list(db.execute(sa.select(_jobs.c.id).where(mine)).scalars())
+            return [job for job in ids if self._end(db, (_jobs.c.id == job) & mine, job, "cancelled")]
+
+    def delete(self, job: str) -> None:
+        """Forget a job and its events.  Raises ``JobNotFound``, ``JobConflict`` while it is in progress."""
+        with self._engine.begin() as db:
+            gone = db.execute(_jobs.delete().where((_jobs.c.id == job) & (_jobs.c.state != "in_progress")))
+            if gone.rowcount:
+                db.execute(_events.delete().where(_events.c.job == job))
+        if not gone.rowcount:
+            self.get(job)
+            raise JobConflict(job, "it is in progress; cancel it first")
+
+    def events(self, job: str, after: int = 0, limit: int = 500) -> list[Event]:
+        """What happened to a job after the event ``after``, in order."""
+        query = (
+            sa.select(_events)
+            .where((_events.c.job == job) & (_events.c.id > after))
+            .order_by(_events.c.id)
+            .limit(limit)
+        )
+        with self._read() as db:
+            return [Event(**row) for row in db.execute(query).mappings()]
+
+    def last_event(self) -> int:
+        """The id of the newest event of all; cheap, to see whether there is any news."""
+        with self._read() as db:
+            return db.execute(sa.select(sa.func.max(_events.c.id))).scalar() or 0
+
+    # --- runners ---------------------------------------------------------------------------------
+
+    def claim(self, runner: str) -> Job | None:
+        """Take the next queued job, for as long as ``keep`` is called in time; None when there is none."""
+        now = time.time()
+        following = (
+            sa.select(_jobs.c.id)
+            .where((_jobs.c.state == "queued") & (_jobs.c.expires.is_(None) | (_jobs.c.expires > now)))
+            .order_by(_jobs.c.priority.desc(), _jobs.c.created, _jobs.c.id)
+            .limit(1)
+            .with_for_update(skip_locked=True)
+        )
+        with self._engine.begin() as db:
+            job = db.execute(following).scalar()
+            if job is None:
+                return None
+            db.execute(
+                _jobs.update()
+                .where(_jobs.c.id == job)
+                .values(
+                    state="in_progress",
+                    stage="preparing",
+                    runner=runner,
+                    lease_until=now + LEASE_SECONDS,
+                    started=sa.func.coalesce(_jobs.c.started, now),
+                    attempt=_jobs.c.attempt + 1,
+                )
+            )
+            _tell(db, job, "status", {"state": "in_progress"})
+        return self.get(job)
+
+    def keep(self, job: str, runner: str, **values: Any) -> bool:
+        """Renew the hold on a job, and store ``stage, progress, eta_seconds, detail`` where given.
+
+        False: the job was cancelled or belongs to another runner by now; stop at once.
+        """
+        with self._engine.begin() as db:
+            done = db.execute(
+                _jobs.update()
+                .where(_held(job, runner))
+                .values(lease_until=time.time() + LEASE_SECONDS, **values)
+            )
+        return bool(done.rowcount)
+
+    def tell(self, job: str, kind: EventKind, data: Mapping[str, Any]) -> None:
+        """Add an event."""
+        with self._engine.begin() as db:
+            _tell(db, job, kind, data)
+
+    def finish(
+        self,
+        job: str,
+        runner: str,
+        state: Literal["completed", "failed"],
+        *,
+        result: Mapping[str, Any] | None = None,
+        error: Mapping[str, Any] | None = None,
+        size: int = 0,
+    ) -> bool:
+        """End a job that ``runner`` holds; False where it does not hold it any more.
+
+        A redo that failed leaves the result of before.
+        """
+        values: dict[str, Any] = {"bytes": size, "error": None if error is None else dict(error)}
+        if result is not None:
+            values |= {"result": dict(result), "progress": 100.0, "eta_seconds": 0.0}
+        with self._engine.begin() as db:
+            return self._end(db, _held(job, runner), job, state, **values)
+
+    def requeue(self, job: str, runner: str) -> None:
+        """Put a job back that its runner holds but can't go on with (it is being stopped)."""
+        with self._engine.begin() as db:
+            self._back(db, _held(job, runner), job)
+
+    def recover(self) -> list[str]:
+        """Queue the jobs again whose runner is dead; their ids."""
+        lost = (_jobs.c.state == "in_progress") & (_jobs.c.lease_until < time.time())
+        with self._engine.begin() as db:
+            ids = list(db.execute(sa.select(_jobs.c.id).where(lost)).scalars())
+            return [job for job in ids if self._back(db, (_jobs.c.id == job) & lost, job)]
+
+    def expire(self) -> list[str]:
+        """Fail the queued jobs whose time is over; their ids."""
+        late = (_jobs.c.state == "queued") & (_jobs.c.expires < time.time())
+        error = {"code": "expired", "message": "the job waited longer than its time to live", "field": None}
+        with self._engine.begin() as db:
+            ids = list(db.execute(sa.select(_jobs.c.id).where(late)).scalars())
+            return [
+                job for job in ids if self._end(db, (_jobs.c.id == job) & late, job, "failed", error=error)
+            ]
+
+    def _back(self, db: sa.Connection, which: sa.ColumnElement[bool], job: str) -> bool:
+        values = {"state": "queued", "stage": "queued", "runner": None, "lease_until": None}
+        done = db.execute(_jobs.update().where(which).values(values))
+        if done.rowcount:
+            _tell(db, job, "status", {"state": "queued", "reason": "its runner ended"})
+        return bool(done.rowcount)
+
+    def _end(
+        self, db: sa.Connection, which: sa.ColumnElement[bool], job: str, state: JobState, **values: Any
+    ) -> bool:
+        done = db.execute(
+            _jobs.update()
+            .where(which)
+            .values(state=state, stage=state, finished=time.time(), runner=None, lease_until=None, **values)
+        )
+        if done.rowcount:
+            said = {"state": state} | ({"error": values["error"]} if values.get("error") else {})
+            _tell(db, job, "status", said)
+        return bool(done.rowcount)
+
+
+def _held(job: str, runner: str) -> sa.ColumnElement[bool]:
+    return (_jobs.c.id == job) & (_jobs.c.state == "in_progress") & (_jobs.c.runner == runner)
+
+
+def _count(which: sa.ColumnElement[bool]) -> sa.Select[int]:
+    return sa.select(sa.func.count()).select_from(_jobs).where(which)
+
+
+def _tell(db: sa.Connection, job: str, kind: EventKind, data: Mapping[str, Any]) -> None:
+    db.execute(_events.insert().values(job=job, at=time.time(), kind=kind, data=dict(data)))
+
+
+def _job(row: Mapping[Any, Any]) -> Job:
+    return Job(**{column.name: row[column.name] for column in fields(Job)})
+
+
+def _make_sqlite_dependable(engine: sa.Engine) -> None:
+    """Write-ahead log, flushed at every commit; a transaction takes the write lock when it begins.
+
+    Python's sqlite3 would begin late, and two writers would fail with "database is locked".
+    https://docs.sqlalchemy.org/en/20/dialects/sqlite.html#pysqlite-serializable
+    """
+
+    @sa.event.listens_for(engine, "connect")
+    def connected(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None
+        connection.execute("PRAGMA busy_timeout=20000")
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
+
+    @sa.event.listens_for(engine, "begin")
+    def begun(connection: sa.Connection) -> None:
+        connection.exec_driver_sql(
+            "BEGIN" if connection.get_execution_options().get("reads") else "BEGIN IMMEDIATE"
+        )
