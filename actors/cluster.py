@@ -16,7 +16,7 @@ from typing import Any
 
 import ray
 
-from pipeline.engine import engine_kind
+from pipeline.engine import runs_on_cpu
 from pipeline.errors import ConfigurationError, InvalidRequest
 from pipeline.settings import Settings
 
@@ -86,7 +86,7 @@ def cluster(settings: Settings, gpus: int | None) -> Iterator[int]:
     # Read when Ray's processes start: no telemetry, engines at normal priority.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")
-    on_cpu = engine_kind(settings) == "draft" or "--cpu" in settings.comfyui_flags
+    on_cpu = runs_on_cpu(settings)
     if settings.ray_address == "local":
         # After a kill -9 of the driver, two agents of Ray's wait so long for the dead GCS (default: 60).
         os.environ.setdefault("RAY_gcs_server_request_timeout_seconds", "20")

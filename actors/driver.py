@@ -50,6 +50,7 @@ def render(
     *,
     gpus: int | None = None,
     job_dir: Path | None = None,
+    name: str | None = None,
     pool: RendererPool | None = None,
     on_progress: OnProgress,
     make_plan: Callable[[int, int], Plan] | None = None,
@@ -57,7 +58,8 @@ def render(
     """Render ``request`` into ``output`` (an mp4).
 
     Finished segments are kept beside the output until the video is there, so the same call after a
-    failure goes on with what is missing; with ``job_dir`` the job lives there, and stays.  Renderers are
+    failure goes on with what is missing; with ``job_dir`` the job lives there, and stays.  ``name`` is what
+    it is called in logs (default: a digest of the request).  Renderers are
     those of ``pool``, or are started for this job on ``gpus`` GPUs (default: all).
     Raises ``PipelineError``; a KeyboardInterrupt becomes ``JobCancelled``, and leaves no process behind.
     """
@@ -69,11 +71,12 @@ def render(
         log.warning("DRAFT ENGINE: this is a preview that moves the portrait, not the InfiniteTalk model")
     workflow = choose_workflow(request, settings)
     ffmpeg.binary()  # none: an error now, not after an hour of rendering
-    name = job_id(request, _engine_mark(settings), workflow.text)
+    mark = job_id(request, _engine_mark(settings), workflow.text)
+    name = name or mark
     _check_output(output)
-    job = JobDirectory((job_dir or output.parent / ".infinitetalk" / name).resolve(), name)
+    job = JobDirectory((job_dir or output.parent / ".infinitetalk" / mark).resolve(), name)
     if job_dir is not None:
-        _check_same_job(job, name)
+        _check_same_job(job, mark)
 
     def renderers() -> AbstractContextManager[Renderers]:
         if pool is not None:
@@ -151,11 +154,11 @@ def _check_output(output: Path) -> None:
         )
 
 
-def _check_same_job(job: JobDirectory, name: str) -> None:
+def _check_same_job(job: JobDirectory, digest: str) -> None:
     """A directory that holds another request's job is left alone."""
     mark = job.path / "id"
     with storage_errors(job.path):
         job.path.mkdir(parents=True, exist_ok=True)
-        if mark.exists() and mark.read_text().strip() != name:
+        if mark.exists() and mark.read_text().strip() != digest:
             raise InvalidRequest("job-dir", f"{job.path} holds another job (other inputs, options or engine)")
-        mark.write_text(name + "\n")
+        mark.write_text(digest + "\n")

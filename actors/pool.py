@@ -34,15 +34,15 @@ log = logging.getLogger(__name__)
 class RendererPool:
     """Implements ``pipeline.dispatch.Renderers``; ``close`` leaves no process behind."""
 
-    def __init__(self, lanes: int, settings: Settings) -> None:
-        self._settings = settings
+    def __init__(self, lanes: int, settings: Settings, gpus_each: int = 1) -> None:
+        self._settings, self._gpus_each = settings, gpus_each
         self._patience = settings.ready_seconds + SCHEDULING_SECONDS
         self._slots = {lane: self._spawn(lane) for lane in range(lanes)}
         self._work: dict[int, Future[RenderedSegment]] = {}  # by lane
         self._settling = ThreadPoolExecutor(1, thread_name_prefix="settling")
 
     def _spawn(self, lane: int) -> _Slot:
-        renderer = RendererActor.remote(lane, self._settings)
+        renderer = RendererActor.options(num_gpus=self._gpus_each).remote(lane, self._settings)
         return _Slot(renderer, renderer.start.remote(), time.monotonic() + self._patience)
 
     def start(self) -> Sequence[RendererInfo]:

@@ -71,6 +71,11 @@ def engine_kind(settings: Settings) -> EngineKind:
     return "draft" if settings.comfyui_dir is None else "comfyui"
 
 
+def runs_on_cpu(settings: Settings) -> bool:
+    """Whether engines need no GPU: the draft engine, and ComfyUI with ``--cpu``."""
+    return engine_kind(settings) == "draft" or "--cpu" in settings.comfyui_flags
+
+
 def choose_engine(settings: Settings) -> EngineProgram:
     """The program on this machine that the settings ask for.
 

@@ -13,8 +13,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import ConfigurationError
-
-PREFIX = "INFINITETALK_SERVE_"
+from pipeline.settings import SERVICE_PREFIX as PREFIX
 
 
 class ServiceSettings(BaseModel):

@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pipeline.errors import ConfigurationError
 
 PREFIX = "INFINITETALK_"
+SERVICE_PREFIX = "INFINITETALK_SERVE_"
+"""Of ``service_settings``."""
 
 EngineChoice = Literal["auto", "comfyui", "draft"]
 
@@ -88,7 +90,9 @@ class Settings(BaseModel):
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Settings:
         """Read ``INFINITETALK_*``; empty values count as not set."""
         given = {
-            key.removeprefix(PREFIX).lower(): value for key, value in env.items() if key.startswith(PREFIX)
+            key.removeprefix(PREFIX).lower(): value
+            for key, value in env.items()
+            if key.startswith(PREFIX) and not key.startswith(SERVICE_PREFIX)
         }
         try:
             return cls.model_validate({key: value for key, value in given.items() if value != ""})
