@@ -7,22 +7,48 @@ Settings are read from the environment of the process that serves (README).
 from __future__ import annotations
 
 import logging
+from typing import Any
 
+import ray
 from fastapi import FastAPI
 from ray import serve
+from ray.exceptions import RayError
 
 from actors.job_runner import ensure_runner
-from pipeline.job_store import JobStore
 from pipeline.service_settings import ServiceSettings
 from pipeline.settings import Settings
 from service.app import create_app
+
+STATE_SECONDS = 2.0
+
+log = logging.getLogger(__name__)
+
+
+class RayBackend:
+    """The runner actor, as the application sees it."""
+
+    def __init__(self, service: ServiceSettings, settings: Settings) -> None:
+        self._service, self._settings = service, settings
+
+    def ensure(self) -> None:
+        """Start the runner where there is none."""
+        self._runner = ensure_runner(self._service, self._settings)
+
+    def state(self) -> dict[str, Any]:
+        """What the runner says."""
+        try:
+            state: dict[str, Any] = ray.get(self._runner.state.remote(), timeout=STATE_SECONDS)
+        except RayError as error:
+            log.warning("the runner does not answer: %s", error)
+            return {"gpus": 0, "starting": 0, "trouble": "the runner does not answer"}
+        return state
 
 
 def build() -> FastAPI:
     """The application of one replica."""
     logging.getLogger("service").setLevel(logging.INFO)
     service, settings = ServiceSettings.from_env(), Settings.from_env()
-    return create_app(lambda: JobStore(service), lambda: ensure_runner(service, settings))
+    return create_app(service, RayBackend(service, settings))
 
 
 # max_ongoing_requests: listeners of events count too.  num_cpus=0: a replica only waits for others.

@@ -9,9 +9,11 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
 import socket
 import threading
 import uuid
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -22,6 +24,7 @@ from actors.job_watch import JobWatch
 from actors.pool import RendererPool
 from pipeline.engine import runs_on_cpu
 from pipeline.errors import ConfigurationError, InvalidRequest, JobCancelled, PipelineError
+from pipeline.job import finished
 from pipeline.job_index import Job
 from pipeline.job_inputs import resolve
 from pipeline.job_store import JobStore
@@ -45,6 +48,8 @@ class JobRunner:
         self._stop = threading.Event()
         self._watch: JobWatch | None = None
         self._trouble: str | None = None
+        for name in ("pipeline", "actors"):
+            logging.getLogger(name).setLevel(logging.INFO)  # jobs' logs become events
         self._loop = threading.Thread(target=self._run, name="jobs", daemon=True)
         self._loop.start()
 
@@ -145,6 +150,8 @@ class JobRunner:
                 log.exception("job %s failed in a way that nobody foresaw", job.id, extra={"job": job.id})
                 said = _error("internal_error", "an error inside the service; its log tells more")
             else:
+                if folder := job.extra.get("volume"):
+                    result["volume_path"] = str(_copy(store.video(job.id), Path(folder), job.id))
                 size = sum(file.stat().st_size for file in store.job(job.id).rglob("*") if file.is_file())
                 store.index.finish(job.id, self._name, "completed", result=result, size=size)
                 return
@@ -163,6 +170,14 @@ def _pool(settings: Settings) -> RendererPool:
     if runs_on_cpu(settings):
         return RendererPool(DEFAULT_DRAFT_LANES, settings, gpus_each=0)
     raise ConfigurationError("the cluster has no GPU; INFINITETALK_ENGINE=draft renders previews without one")
+
+
+def _copy(video: Path, folder: Path, job: str) -> Path:
+    """The result on a network volume, named as the hub handler names it."""
+    target = folder / f"infinitetalk_task_{job}.mp4"
+    with finished(target) as partial:
+        shutil.copyfile(video, partial)
+    return target
 
 
 def _code(error: PipelineError) -> str:

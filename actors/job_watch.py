@@ -72,6 +72,7 @@ class JobWatch:
                 said = {"segment": state.segment.index, "stage": state.stage, "gpu": state.lane}
                 self._index.tell(self._job.id, "segment", said)
         share = {"joining": 99.0, "finished": 99.0}.get(seen.stage, round(99 * seen.fraction, 1))
+        share = max(share, float(self._values.get("progress", 0)))  # a lost window is no news for a bar
         self._values = {
             "stage": seen.stage,
             "progress": share,

@@ -55,6 +55,7 @@ _jobs = sa.Table(
     sa.Column("fingerprint", sa.String(64), nullable=False),
     sa.Column("runner", sa.String(64)),
     sa.Column("lease_until", sa.Float),
+    sa.Column("streamed", sa.Integer, nullable=False, default=0),
     sa.UniqueConstraint("owner", "idempotency_key"),
 )
 _events = sa.Table(
@@ -335,6 +336,29 @@ class JobIndex:
         )
         with self._read() as db:
             return [Event(**row) for row in db.execute(query).mappings()]
+
+    def states(self, jobs: Sequence[str]) -> dict[str, JobState]:
+        """The states of those of the jobs that exist."""
+        query = sa.select(_jobs.c.id, _jobs.c.state).where(_jobs.c.id.in_(list(jobs)))
+        with self._read() as db:
+            return dict(row.tuple() for row in db.execute(query))
+
+    def take_stream(self, job: str, limit: int = 100) -> list[Event]:
+        """A job's progress that was not taken yet; each event is given once, whoever asks."""
+        with self._engine.begin() as db:
+            mark = db.execute(sa.select(_jobs.c.streamed).where(_jobs.c.id == job)).scalar()
+            if mark is None:
+                raise JobNotFound(job)
+            rows = db.execute(
+                sa.select(_events)
+                .where((_events.c.job == job) & (_events.c.id > mark))
+                .order_by(_events.c.id)
+                .limit(limit)
+            ).mappings()
+            found = [Event(**row) for row in rows]
+            if found:
+                db.execute(_jobs.update().where(_jobs.c.id == job).values(streamed=found[-1].id))
+        return found
 
     def last_event(self) -> int:
         """The id of the newest event of all; cheap, to see whether there is any news."""

@@ -28,6 +28,44 @@ class ServiceSettings(BaseModel):
     max_queued: int = Field(default=1000, ge=1)
     """More waiting jobs than this are refused (429)."""
 
+    tokens: str = ""
+    """``name:secret,...``: who may use it; without any token only this machine is answered."""
+    tokens_file: Path | None = None
+    """The same, a line for each."""
+    cors_origins: str = ""
+    """Origins of other sites' pages that may use it, by commas; default: none."""
+    max_upload_bytes: int = Field(default=2 << 30, ge=1)
+    """Of one request, and of one file that is fetched."""
+    max_json_bytes: int = Field(default=128 << 20, ge=1)
+    """Of one JSON body, which is held in memory (base64 inputs)."""
+    max_pixels: int = Field(default=50_000_000, ge=1)
+    """Of a picture, and of a frame of a source video."""
+    max_seconds: float = Field(default=3 * 3600, gt=0)
+    """Of a recording."""
+    input_roots: str = ""
+    """Folders whose files may be named by path, separated as in PATH; default: none."""
+    fetch_seconds: float = Field(default=300, gt=0)
+    """How long one URL may take."""
+    allowed_hosts: str = ""
+    """Hosts, addresses and networks that URLs may reach though they are not public, by commas."""
+    job_seconds: float = Field(default=24 * 3600, gt=0)
+    """How long a job may be in progress, unless its request says less."""
+    queue_seconds: float = Field(default=7 * 24 * 3600, gt=0)
+    """How long a job may wait, unless its request says less."""
+
+    volume: Path = Path("/runpod-volume")
+    """Where RunPod mounts a network volume; results of jobs that ask for it are copied there."""
+
+    @property
+    def roots(self) -> tuple[Path, ...]:
+        """``input_roots``, resolved."""
+        return tuple(Path(root).expanduser().resolve() for root in self.input_roots.split(os.pathsep) if root)
+
+    @property
+    def allowed(self) -> tuple[str, ...]:
+        """``allowed_hosts`` as a tuple."""
+        return tuple(host.strip() for host in self.allowed_hosts.split(",") if host.strip())
+
     @property
     def data(self) -> Path:
         """``data_dir``, absolute."""

@@ -1,17 +1,27 @@
-"""Our own API, ``/v1/jobs``: create, look, cancel, delete, fetch the video."""
+"""Our own API, ``/v1/jobs``: create, look, follow, cancel, retry, delete, fetch the video."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import asyncio
+import base64
+import json
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Request
-from fastapi.responses import FileResponse
-from pydantic import BaseModel
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pipeline.errors import InvalidRequest, JobNotFound
 from pipeline.job_index import Job, JobState
 from pipeline.job_store import JobStore
+from pipeline.request import RenderRequest
+from service.intake import FILE_FIELDS, Submission, submit
+from service.news import News
+from service.tokens import owner_of, owner_or_link
+from service.uploads import discarding, read_inputs, render_fields
 
-router = APIRouter(prefix="/v1")
+router = APIRouter(prefix="/v1", tags=["jobs"])
 
 
 def store_of(request: Request) -> JobStore:
@@ -21,6 +31,7 @@ def store_of(request: Request) -> JobStore:
 
 
 Store = Annotated[JobStore, Depends(store_of)]
+Owner = Annotated[str, Depends(owner_of)]
 
 
 class JobView(BaseModel):
@@ -28,22 +39,75 @@ class JobView(BaseModel):
 
     id: str
     state: JobState
-    stage: str
-    progress: float
-    eta_seconds: float | None
-    position: int | None
-    """Queued jobs before this one."""
+    stage: str = Field(description="queued, preparing, starting, rendering, joining, or the final state")
+    progress: float = Field(description="0 to 100, by windows rendered")
+    eta_seconds: float | None = Field(description="until the last window, once one was timed")
+    position: int | None = Field(description="queued jobs that go before this one")
+    priority: int
     created: float
     started: float | None
     finished: float | None
-    attempt: int
-    detail: dict[str, Any]
+    attempt: int = Field(description="how often a runner has taken it")
+    detail: dict[str, Any] = Field(description="windows, segments and GPUs")
     error: dict[str, Any] | None
     result: dict[str, Any] | None
+    video: str | None = Field(description="where the mp4 is; signed for some hours where tokens are used")
 
 
-def view(job: Job, store: JobStore) -> JobView:
+class JobPage(BaseModel):
+    """Some jobs, newest first."""
+
+    jobs: list[JobView]
+    has_more: bool
+
+
+class JobOptions(BaseModel):
+    """What a client may say about a job beside the video it wants."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    priority: int = Field(default=0, ge=-100, le=100, description="higher goes first")
+    execution_seconds: float | None = Field(default=None, gt=0, description="how long it may be in progress")
+    queue_seconds: float | None = Field(default=None, gt=0, description="how long it may wait")
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    code: str
+    message: str
+    field: str | None
+    job_id: str | None
+
+
+class ErrorBody(BaseModel):
+    """Every error of this API."""
+
+    error: ErrorDetail
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": words}
+    for status, words in {
+        400: "something in the request is wrong; `field` says where",
+        401: "no known token",
+        403: "not from here",
+        404: "no such job",
+        409: "the job is in no state for this",
+        413: "too large",
+        415: "neither multipart nor JSON",
+        422: "a parameter is wrong",
+        429: "the queue is full; see Retry-After",
+        503: "the service is not set up",
+        507: "the disk is full",
+    }.items()
+}
+
+
+def view(job: Job, request: Request) -> JobView:
     """The job for a client."""
+    store = store_of(request)
+    path = request.app.url_path_for("read_video", job=job.id)
     return JobView(
         id=job.id,
         state=job.state,
@@ -51,35 +115,198 @@ def view(job: Job, store: JobStore) -> JobView:
         progress=job.progress,
         eta_seconds=job.eta_seconds,
         position=store.index.ahead(job) if job.state == "queued" else None,
+        priority=job.priority,
         created=job.created,
         started=job.started,
         finished=job.finished,
         attempt=job.attempt,
         detail=job.detail,
         error=job.error,
-        result=job.result,
+        result=job.result and {name: value for name, value in job.result.items() if name != "video_path"},
+        video=request.app.state.tokens.signed(path) if job.result is not None else None,
     )
 
 
-@router.get("/jobs/{job}")
-def read(job: str, store: Store) -> JobView:
+def own_job(job: str, store: Store, owner: Owner) -> Job:
+    """A job of the caller's; others' do not exist for them."""
+    found = store.index.get(job)
+    if found.owner != owner:
+        raise JobNotFound(job)
+    return found
+
+
+OwnJob = Annotated[Job, Depends(own_job)]
+
+
+def _body_schema() -> dict[str, Any]:
+    """The body of a new job for the OpenAPI document: what ``RenderRequest`` takes, and the files."""
+    schema = RenderRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+    fields = {name: part for name, part in schema["properties"].items() if name not in FILE_FIELDS}
+    fields |= JobOptions.model_json_schema()["properties"]
+    text = {"type": "string"}
+    by_name = {
+        f"{name}{ending}": {**text, "description": words}
+        for name in FILE_FIELDS
+        for ending, words in (
+            ("", "http(s) URL or data: URI"),
+            ("_url", "http(s) URL"),
+            ("_base64", "the file, base64"),
+            ("_path", "a file that the server may read"),
+        )
+    }
+    files = {name: {**text, "format": "binary"} for name in FILE_FIELDS}
+    example = {
+        "image_url": "https://example.org/portrait.png",
+        "audio_url": "https://example.org/speech.wav",
+        "prompt": "A person talking naturally",
+        "size": "480p",
+    }
+    return {
+        "requestBody": {
+            "required": True,
+            "content": {
+                "application/json": {
+                    "schema": {"type": "object", "properties": {**by_name, **fields}},
+                    "example": example,
+                },
+                "multipart/form-data": {
+                    "schema": {"type": "object", "properties": {**by_name, **files, **fields}}
+                },
+            },
+        }
+    }
+
+
+@router.post(
+    "/jobs",
+    status_code=202,
+    response_model=JobView,
+    responses={**ERRORS, 200: {"model": JobView}},
+    openapi_extra=_body_schema(),
+)
+async def create(
+    request: Request,
+    response: Response,
+    store: Store,
+    owner: Owner,
+    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
+) -> JobView:
+    """Make a job.  When this answers, the job is stored; it is rendered whatever happens to the server.
+
+    The files come as form files, URLs, base64 or paths.  A second request with the same `Idempotency-Key`
+    gets the first one's job (200).
+    """
+    inputs = await read_inputs(request, store)
+    with discarding(inputs):
+        try:
+            options = JobOptions.model_validate(inputs.take(*JobOptions.model_fields))
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise InvalidRequest(str(first["loc"][0]), first["msg"]) from None
+        submission = Submission(
+            api="v1",
+            owner=owner,
+            fields=render_fields(inputs),
+            sources=inputs.sources,
+            files=inputs.files,
+            priority=options.priority,
+            idempotency_key=idempotency_key,
+            queue_seconds=options.queue_seconds,
+            execution_seconds=options.execution_seconds,
+        )
+    job, created = await asyncio.to_thread(submit, store, submission)
+    response.status_code = 202 if created else 200
+    response.headers["Location"] = f"/v1/jobs/{job.id}"
+    return await asyncio.to_thread(view, job, request)
+
+
+@router.get("/jobs", responses=ERRORS)
+def list_jobs(
+    request: Request,
+    store: Store,
+    owner: Owner,
+    state: Annotated[list[JobState] | None, Query()] = None,
+    limit: Annotated[int, Query(ge=1, le=200)] = 50,
+    after: str | None = None,
+) -> JobPage:
+    """The caller's jobs, newest first, page by page: `after` is the last id of the page before."""
+    found = store.index.jobs(owner=owner, states=state, after=after, limit=limit + 1)
+    return JobPage(jobs=[view(job, request) for job in found[:limit]], has_more=len(found) > limit)
+
+
+@router.get("/jobs/{job}", responses=ERRORS)
+def read(job: OwnJob, request: Request) -> JobView:
     """How a job is."""
-    return view(store.index.get(job), store)
+    return view(job, request)
 
 
-@router.post("/jobs/{job}/cancel")
-def cancel(job: str, store: Store) -> JobView:
+@router.post("/jobs/{job}/cancel", responses=ERRORS)
+def cancel(job: OwnJob, request: Request, store: Store) -> JobView:
     """End a job; one that is over stays as it is."""
-    return view(store.index.cancel(job), store)
+    return view(store.index.cancel(job.id), request)
 
 
-@router.delete("/jobs/{job}", status_code=204)
-def delete(job: str, store: Store) -> None:
+@router.post("/jobs/{job}/retry", status_code=202, responses=ERRORS)
+def retry(job: OwnJob, request: Request, store: Store) -> JobView:
+    """Queue a failed or cancelled job again; what is rendered of it is kept."""
+    return view(store.index.again(job.id, {"kind": "render"}, ["failed", "cancelled"]), request)
+
+
+@router.delete("/jobs/{job}", status_code=204, responses=ERRORS)
+def delete(job: OwnJob, store: Store) -> None:
     """Forget a job that is not in progress, and its video."""
-    store.delete(job)
+    store.delete(job.id)
 
 
-@router.get("/jobs/{job}/video", response_class=FileResponse)
-def video(job: str, store: Store) -> FileResponse:
-    """The mp4, with Range and ETag."""
-    return FileResponse(store.result(store.index.get(job)), media_type="video/mp4")
+@router.get(
+    "/jobs/{job}/video",
+    name="read_video",
+    response_class=FileResponse,
+    responses={**ERRORS, 200: {"content": {"video/mp4": {}}}, 206: {"description": "a part"}, 416: {}},
+)
+@router.head("/jobs/{job}/video", include_in_schema=False)
+async def read_video(
+    job: str,
+    request: Request,
+    store: Store,
+    encoding: Annotated[Literal["base64"] | None, Query()] = None,
+) -> Response:
+    """The mp4, with Range and ETag; with `encoding=base64`, as JSON."""
+    owner = owner_or_link(request)
+    found = await asyncio.to_thread(store.index.get, job)
+    if owner is not None and found.owner != owner:
+        raise JobNotFound(job)
+    path = store.result(found)
+    if encoding == "base64":
+        content = await asyncio.to_thread(lambda: base64.b64encode(path.read_bytes()).decode())
+        return JSONResponse({"id": job, "video_base64": content})
+    return FileResponse(
+        path, media_type="video/mp4", filename=f"{job}.mp4", content_disposition_type="inline"
+    )
+
+
+@router.get(
+    "/jobs/{job}/events",
+    response_class=StreamingResponse,
+    responses={**ERRORS, 200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+)
+async def follow(
+    job: OwnJob,
+    request: Request,
+    last_event_id: Annotated[int, Header(ge=0, le=2**62)] = 0,
+) -> StreamingResponse:
+    """Server-sent events `status`, `progress`, `segment` and `log`, until the job is over.
+
+    A client that comes back with `Last-Event-ID` gets what it missed.
+    """
+    news: News = request.app.state.news
+
+    async def lines() -> AsyncIterator[str]:
+        async for event in news.events(job.id, last_event_id):
+            if event is None:
+                yield ": still here\n\n"
+            else:
+                data = json.dumps({"at": event.at, **event.data})
+                yield f"id: {event.id}\nevent: {event.kind}\ndata: {data}\n\n"
+
+    return StreamingResponse(lines(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
