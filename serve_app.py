@@ -7,6 +7,8 @@ Settings are read from the environment of the process that serves (README).
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 from typing import Any
 
 import ray
@@ -14,10 +16,13 @@ from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayError
 
-from actors.job_runner import ensure_runner
+from actors.cluster import cluster
+from actors.job_runner import ensure_runner, stop_runner
+from pipeline.errors import ConfigurationError
 from pipeline.service_settings import ServiceSettings
 from pipeline.settings import Settings
 from service.app import create_app
+from service.tokens import Tokens, is_loopback
 
 STATE_SECONDS = 2.0
 
@@ -59,3 +64,27 @@ class Api:
 
 
 app = Api.bind()  # type: ignore[attr-defined]
+
+
+def serve_until_stopped(host: str, port: int, gpus: int | None) -> int:
+    """Start or join Ray, serve on ``host:port``, and on SIGINT or SIGTERM put everything down in order.
+
+    The job in work goes back into the queue, with what is rendered of it.
+    Raises ``ConfigurationError``: nobody but this machine may be answered without tokens.
+    """
+    service, settings = ServiceSettings.from_env(), Settings.from_env()
+    if not Tokens.read(service).secrets and not is_loopback(host):
+        raise ConfigurationError(
+            f"without tokens (INFINITETALK_SERVE_TOKENS) only --host 127.0.0.1 is served, not {host}"
+        )
+    stop = threading.Event()
+    with cluster(settings, gpus):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
+        serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+        serve.run(app, name="infinitetalk")
+        print(f"serving on http://{host}:{port}, jobs in {service.data}", flush=True)  # noqa: T201
+        stop.wait()
+        stop_runner()
+        serve.shutdown()  # type: ignore[no-untyped-call]
+    return 0

@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from actors import command_comfyui, command_doctor, command_models, command_render, command_seams
 from pipeline.errors import (
@@ -33,14 +34,14 @@ EXIT_CODES: dict[type[PipelineError], int] = {
 COMMANDS = (command_render, command_seams, command_doctor, command_models, command_comfyui)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code."""
+def main(arguments: Sequence[str] | None = None, more: Sequence[Any] = ()) -> int:
+    """Run the command line; the exit code.  ``more``: modules of further commands."""
     parser = argparse.ArgumentParser(
         prog="infinitetalk",
         description="Long talking videos from a picture and a speech, on every GPU at once.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in COMMANDS:
+    for command in (*COMMANDS, *more):
         command.add_command(commands)
     options = parser.parse_args(arguments)
     try:
@@ -55,7 +56,3 @@ def _failed(error: PipelineError, options: argparse.Namespace) -> int:
         print(json.dumps({"success": False, "error": type(error).__name__, "message": str(error)}))
     print(f"infinitetalk: {error}", file=sys.stderr)
     return next(EXIT_CODES[kind] for kind in type(error).__mro__ if kind in EXIT_CODES)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,11 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import re
-import shutil
 import socket
 import threading
+import time
 import uuid
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -24,16 +23,19 @@ from actors.job_watch import JobWatch
 from actors.pool import RendererPool
 from pipeline.engine import runs_on_cpu
 from pipeline.errors import ConfigurationError, InvalidRequest, JobCancelled, PipelineError
-from pipeline.job import finished
 from pipeline.job_index import Job
 from pipeline.job_inputs import resolve
 from pipeline.job_store import JobStore
+from pipeline.result_delivery import deliver
+from pipeline.retention import clean_up
 from pipeline.service_settings import ServiceSettings
 from pipeline.settings import Settings
+from pipeline.webhooks import WebhookSender
 
 NAME, NAMESPACE = "runner", "infinitetalk"
 IDLE_SECONDS = 0.2
 """How often an idle runner looks for work."""
+CLEAN_UP_SECONDS = 60.0
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +50,7 @@ class JobRunner:
         self._stop = threading.Event()
         self._watch: JobWatch | None = None
         self._trouble: str | None = None
+        self._next_clean_up = 0.0
         for name in ("pipeline", "actors"):
             logging.getLogger(name).setLevel(logging.INFO)  # jobs' logs become events
         self._loop = threading.Thread(target=self._run, name="jobs", daemon=True)
@@ -73,8 +76,10 @@ class JobRunner:
         self._loop.join()
 
     def _run(self) -> None:
+        sender = None
         try:
             store = JobStore(self._service)
+            sender = WebhookSender(store)
             while not self._stop.is_set():
                 self._look_after(store)
                 self._warm_up()
@@ -88,9 +93,13 @@ class JobRunner:
             os._exit(1)  # a thread's end alone would leave an actor that does nothing
         finally:
             self._close_pool()
+            if sender is not None:
+                sender.stop()
 
-    @staticmethod
-    def _look_after(store: JobStore) -> None:
+    def _look_after(self, store: JobStore) -> None:
+        if time.monotonic() >= self._next_clean_up:
+            self._next_clean_up = time.monotonic() + CLEAN_UP_SECONDS
+            clean_up(store)
         for job in store.index.recover():
             log.warning("job %s lost its runner and waits again", job, extra={"job": job})
         for job in store.index.expire():
@@ -150,9 +159,8 @@ class JobRunner:
                 log.exception("job %s failed in a way that nobody foresaw", job.id, extra={"job": job.id})
                 said = _error("internal_error", "an error inside the service; its log tells more")
             else:
-                if folder := job.extra.get("volume"):
-                    result["volume_path"] = str(_copy(store.video(job.id), Path(folder), job.id))
-                size = sum(file.stat().st_size for file in store.job(job.id).rglob("*") if file.is_file())
+                result |= deliver(store, job)
+                size = store.size(job.id)
                 store.index.finish(job.id, self._name, "completed", result=result, size=size)
                 return
             if said:
@@ -170,14 +178,6 @@ def _pool(settings: Settings) -> RendererPool:
     if runs_on_cpu(settings):
         return RendererPool(DEFAULT_DRAFT_LANES, settings, gpus_each=0)
     raise ConfigurationError("the cluster has no GPU; INFINITETALK_ENGINE=draft renders previews without one")
-
-
-def _copy(video: Path, folder: Path, job: str) -> Path:
-    """The result on a network volume, named as the hub handler names it."""
-    target = folder / f"infinitetalk_task_{job}.mp4"
-    with finished(target) as partial:
-        shutil.copyfile(video, partial)
-    return target
 
 
 def _code(error: PipelineError) -> str:
@@ -206,8 +206,17 @@ def ensure_runner(service: ServiceSettings, settings: Settings) -> Any:
     if state["settings"] == [service.model_dump_json(), settings.model_dump_json()]:
         return runner
     log.warning("the runner is replaced by one with the settings of now")
-    ray.get(runner.stop.remote())
-    ray.kill(runner)
+    stop_runner()
     return RunnerActor.options(
         name=NAME, namespace=NAMESPACE, lifetime="detached", get_if_exists=True
     ).remote(service, settings)
+
+
+def stop_runner() -> None:
+    """End the cluster's runner, if there is one; its job goes back into the queue."""
+    try:
+        runner = ray.get_actor(NAME, NAMESPACE)
+    except ValueError:
+        return
+    ray.get(runner.stop.remote())
+    ray.kill(runner)

@@ -68,6 +68,15 @@ _events = sa.Table(
     sa.Column("data", sa.JSON, nullable=False),
     sqlite_autoincrement=True,  # an id is never given twice: clients resume by it
 )
+_webhooks = sa.Table(
+    "webhooks",
+    _tables,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("job", sa.String(64), nullable=False, index=True),
+    sa.Column("created", sa.Float, nullable=False),
+    sa.Column("attempts", sa.Integer, nullable=False),
+    sa.Column("due", sa.Float, nullable=False, index=True),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +153,17 @@ class Event:
     at: float
     kind: EventKind
     data: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Webhook:
+    """A client's wish to be told of a job's end."""
+
+    id: str
+    job: str
+    created: float
+    attempts: int
+    due: float
 
 
 class JobIndex:
@@ -322,6 +342,7 @@ class JobIndex:
             gone = db.execute(_jobs.delete().where((_jobs.c.id == job) & (_jobs.c.state != "in_progress")))
             if gone.rowcount:
                 db.execute(_events.delete().where(_events.c.job == job))
+                db.execute(_webhooks.delete().where(_webhooks.c.job == job))
         if not gone.rowcount:
             self.get(job)
             raise JobConflict(job, "it is in progress; cancel it first")
@@ -409,6 +430,11 @@ class JobIndex:
             )
         return bool(done.rowcount)
 
+    def set_extra(self, job: str, extra: Mapping[str, Any]) -> None:
+        """Replace what only the API, the webhook and the upload need to know."""
+        with self._engine.begin() as db:
+            db.execute(_jobs.update().where(_jobs.c.id == job).values(extra=dict(extra)))
+
     def tell(self, job: str, kind: EventKind, data: Mapping[str, Any]) -> None:
         """Add an event."""
         with self._engine.begin() as db:
@@ -456,6 +482,41 @@ class JobIndex:
                 job for job in ids if self._end(db, (_jobs.c.id == job) & late, job, "failed", error=error)
             ]
 
+    def due_webhook(self, hold_seconds: float) -> Webhook | None:
+        """Take the webhook whose time has come; nobody else gets it for so many seconds."""
+        now = time.time()
+        query = sa.select(_webhooks).where(_webhooks.c.due <= now).order_by(_webhooks.c.due).limit(1)
+        with self._engine.begin() as db:
+            row = db.execute(query.with_for_update(skip_locked=True)).mappings().first()
+            if row is None:
+                return None
+            db.execute(
+                _webhooks.update()
+                .where(_webhooks.c.id == row["id"])
+                .values(due=now + hold_seconds, attempts=_webhooks.c.attempts + 1)
+            )
+        return Webhook(**row)
+
+    def webhook_later(self, webhook: str, seconds: float) -> None:
+        """Another try then."""
+        with self._engine.begin() as db:
+            db.execute(_webhooks.update().where(_webhooks.c.id == webhook).values(due=time.time() + seconds))
+
+    def webhook_done(self, webhook: str) -> None:
+        """Delivered, or given up."""
+        with self._engine.begin() as db:
+            db.execute(_webhooks.delete().where(_webhooks.c.id == webhook))
+
+    def finished_sizes(self) -> list[tuple[str, float, int]]:
+        """Id, end and bytes of the jobs that are over, the oldest end first."""
+        query = (
+            sa.select(_jobs.c.id, _jobs.c.finished, _jobs.c.bytes)
+            .where(_jobs.c.state.in_(sorted(FINAL)))
+            .order_by(_jobs.c.finished)
+        )
+        with self._read() as db:
+            return [(row.id, row.finished, row.bytes) for row in db.execute(query)]
+
     def _back(self, db: sa.Connection, which: sa.ColumnElement[bool], job: str) -> bool:
         values = {"state": "queued", "stage": "queued", "runner": None, "lease_until": None}
         done = db.execute(_jobs.update().where(which).values(values))
@@ -474,6 +535,11 @@ class JobIndex:
         if done.rowcount:
             said = {"state": state} | ({"error": values["error"]} if values.get("error") else {})
             _tell(db, job, "status", said)
+            extra = db.execute(sa.select(_jobs.c.extra).where(_jobs.c.id == job)).scalar_one()
+            if extra.get("webhook"):
+                now = time.time()
+                row = {"id": f"msg_{uuid.uuid4().hex}", "job": job, "created": now, "attempts": 0, "due": now}
+                db.execute(_webhooks.insert().values(row))
         return bool(done.rowcount)
 
 

@@ -95,6 +95,10 @@ class JobStore:
         self.index.delete(job)
         shutil.rmtree(self.job(job), ignore_errors=True)
 
+    def size(self, job: str) -> int:
+        """Bytes of all that belongs to a job."""
+        return sum(file.stat().st_size for file in self.job(job).rglob("*") if file.is_file())
+
     def result(self, job: Job) -> Path:
         """The video of a completed job.  Raises ``JobConflict`` for any other."""
         path = self.video(job.id)

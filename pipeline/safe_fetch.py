@@ -49,12 +49,7 @@ def fetch(url: str, target: Path, field: str, limits: FetchLimits, stop: threadi
     Raises ``InvalidRequest`` naming ``field``, ``StorageError``, ``JobCancelled``.
     """
     deadline = time.monotonic() + limits.seconds
-    with requests.Session() as session, finished(target) as partial:
-        session.trust_env = False  # no proxy: the address must be the one that is checked
-        session.max_redirects = MAX_REDIRECTS
-        adapter = _Adapter(limits.allowed)
-        session.mount("http://", adapter)
-        session.mount("https://", adapter)
+    with checked_session(limits.allowed) as session, finished(target) as partial:
         try:
             with (
                 session.get(
@@ -84,6 +79,17 @@ def fetch(url: str, target: Path, field: str, limits: FetchLimits, stop: threadi
                     raise InvalidRequest(field, f"{_shown(url)}: the transfer broke off")
         except (requests.RequestException, HTTPError, ValueError) as error:
             raise InvalidRequest(field, f"{_shown(url)} can't be fetched: {_reason(error)}") from None
+
+
+def checked_session(allowed: tuple[str, ...]) -> requests.Session:
+    """A session that connects to public addresses only, and to what is allowed."""
+    session = requests.Session()
+    session.trust_env = False  # no proxy: the address must be the one that is checked
+    session.max_redirects = MAX_REDIRECTS
+    adapter = _Adapter(allowed)
+    session.mount("http://", adapter)
+    session.mount("https://", adapter)
+    return session
 
 
 def check_address(address: str, host: str, allowed: Sequence[str]) -> None:

@@ -56,6 +56,20 @@ class ServiceSettings(BaseModel):
     volume: Path = Path("/runpod-volume")
     """Where RunPod mounts a network volume; results of jobs that ask for it are copied there."""
 
+    webhook_secret: str = ""
+    """Signs webhooks (Standard Webhooks: ``whsec_...``); without it they are not signed."""
+    keep_days: float = Field(default=30, gt=0)
+    """Jobs that are over are deleted after so long."""
+    keep_bytes: int = Field(default=200 << 30, ge=0)
+    """And the oldest of them as soon as all take more than this."""
+    s3_bucket: str = ""
+    """Results are copied to this bucket, and a signed link to it is in the result."""
+    s3_endpoint: str = ""
+    """URL of the S3-compatible server; default: Amazon's."""
+    s3_access_key: str = ""
+    s3_secret_key: str = ""
+    s3_region: str = "us-east-1"
+
     @property
     def roots(self) -> tuple[Path, ...]:
         """``input_roots``, resolved."""

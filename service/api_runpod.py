@@ -7,10 +7,10 @@ all of them lead to the same jobs.
 from __future__ import annotations
 
 import asyncio
-import base64
 import logging
 import re
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Depends, Query, Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -19,6 +19,7 @@ from pipeline.errors import InvalidRequest, JobConflict, JobNotFound
 from pipeline.job_index import Job
 from pipeline.job_store import JobStore
 from pipeline.request import RenderRequest
+from pipeline.runpod_words import status_body, status_of
 from service.api_v1 import ERRORS, Owner, Store
 from service.errors import Failure
 from service.intake import FILE_FIELDS, Submission, submit
@@ -26,15 +27,6 @@ from service.news import News
 from service.uploads import Inputs, discarding, read_json, take_sources
 
 router = APIRouter(prefix="/v2/{endpoint}", tags=["RunPod"])
-
-STATUS = {
-    "queued": "IN_QUEUE",
-    "in_progress": "IN_PROGRESS",
-    "completed": "COMPLETED",
-    "cancelled": "CANCELLED",
-}
-"""Ours by theirs; a failed job is FAILED, or TIMED_OUT."""
-TIME_CODES = ("timed_out", "expired")
 
 FILES = {
     "image": ("image_path", "image_url", "image_base64", "image", "image1"),
@@ -70,6 +62,15 @@ class Policy(BaseModel):
     lowPriority: bool = False
 
 
+class S3Config(BaseModel):
+    """A bucket of the client's."""
+
+    accessId: str
+    accessSecret: str
+    bucketName: str
+    endpointUrl: str = Field(pattern="^https?://", max_length=2000)
+
+
 class RunRequest(BaseModel):
     """RunPod's envelope."""
 
@@ -77,6 +78,8 @@ class RunRequest(BaseModel):
 
     input: dict[str, Any] = Field(description="The hub handler's fields, and those of /v1/jobs")
     policy: Policy = Field(default_factory=Policy)
+    webhook: str | None = Field(default=None, pattern="^https?://", max_length=2000)
+    s3Config: S3Config | None = None
 
 
 def error_body(failure: Failure) -> dict[str, Any]:
@@ -95,6 +98,10 @@ async def _accept(request: Request, store: JobStore, owner: str) -> Job:
     def accepted() -> Job:
         with discarding(Inputs()) as inputs:
             fields, extra = understand(asked.input, inputs, store)
+        if asked.webhook:
+            extra["webhook"] = asked.webhook
+        if asked.s3Config is not None:
+            extra["s3"] = _bucket(asked.s3Config, store)
         seconds = asked.policy.executionTimeout
         ttl = asked.policy.ttl
         return submit(
@@ -172,48 +179,25 @@ def understand(
     return fields, extra
 
 
+def _bucket(wanted: S3Config, store: JobStore) -> dict[str, str]:
+    """Only servers that the operator knows: nobody checks where the S3 library connects to."""
+    host = urlsplit(wanted.endpointUrl).hostname or ""
+    known = {urlsplit(store.settings.s3_endpoint).hostname, *store.settings.allowed}
+    if host not in known and not host.endswith(".amazonaws.com"):
+        raise InvalidRequest("s3Config", f"{host} is not among INFINITETALK_SERVE_ALLOWED_HOSTS")
+    return {
+        "name": wanted.bucketName,
+        "endpoint": wanted.endpointUrl,
+        "access_key": wanted.accessId,
+        "secret_key": wanted.accessSecret,
+    }
+
+
 def _volume(store: JobStore) -> str:
     folder = store.settings.volume
     if not folder.is_dir():
         raise InvalidRequest("network_volume", f"no volume is mounted at {folder}")
     return str(folder)
-
-
-def status_body(job: Job, store: JobStore, *, with_output: bool = True) -> dict[str, Any]:
-    """A job in RunPod's words.  Times are milliseconds."""
-    body: dict[str, Any] = {"id": job.id, "status": status_of(job)}
-    if job.started is not None:
-        body["delayTime"] = int((job.started - job.created) * 1000)
-        body["workerId"] = "infinitetalk"
-        if job.finished is not None:
-            body["executionTime"] = int((job.finished - job.started) * 1000)
-    if job.state == "in_progress":
-        body["output"] = {
-            "progress": job.progress,
-            "stage": job.stage,
-            "eta_seconds": job.eta_seconds,
-        }
-    elif job.state == "completed" and with_output:
-        body["output"] = output(job, store)
-    elif job.state == "failed" and job.error is not None:
-        body["error"] = job.error["message"]
-    return body
-
-
-def status_of(job: Job) -> str:
-    """RunPod's name of a job's state."""
-    if job.state == "failed":
-        return "TIMED_OUT" if (job.error or {}).get("code") in TIME_CODES else "FAILED"
-    return STATUS[job.state]
-
-
-def output(job: Job, store: JobStore) -> dict[str, Any]:
-    """What the hub handler gives, and what the job says of itself."""
-    result = job.result or {}
-    told = {name: result[name] for name in ("success", "gpu_count", "segments_processed", "message")}
-    if "volume_path" in result:
-        return {"video_path": result["volume_path"], **told}
-    return {"video": base64.b64encode(store.result(job).read_bytes()).decode(), **told}
 
 
 def _own(job: str, store: Store, owner: Owner) -> Job:

@@ -69,6 +69,9 @@ class JobOptions(BaseModel):
     priority: int = Field(default=0, ge=-100, le=100, description="higher goes first")
     execution_seconds: float | None = Field(default=None, gt=0, description="how long it may be in progress")
     queue_seconds: float | None = Field(default=None, gt=0, description="how long it may wait")
+    webhook: str | None = Field(
+        default=None, pattern="^https?://", max_length=2000, description="is told when the job is over"
+    )
 
 
 class ErrorDetail(BaseModel):
@@ -213,6 +216,7 @@ async def create(
             idempotency_key=idempotency_key,
             queue_seconds=options.queue_seconds,
             execution_seconds=options.execution_seconds,
+            extra={"webhook": options.webhook} if options.webhook else {},
         )
     job, created = await asyncio.to_thread(submit, store, submission)
     response.status_code = 202 if created else 200

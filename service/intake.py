@@ -53,8 +53,8 @@ def submit(store: JobStore, submission: Submission) -> tuple[Job, bool]:
             fingerprint=_fingerprint(submission),
             priority=submission.priority,
             idempotency_key=submission.idempotency_key,
-            queue_seconds=submission.queue_seconds,
-            execution_seconds=submission.execution_seconds,
+            queue_seconds=submission.queue_seconds or store.settings.queue_seconds,
+            execution_seconds=submission.execution_seconds or store.settings.job_seconds,
             extra=submission.extra,
         )
     except BaseException:
