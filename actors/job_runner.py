@@ -36,6 +36,10 @@ NAME, NAMESPACE = "runner", "infinitetalk"
 IDLE_SECONDS = 0.2
 """How often an idle runner looks for work."""
 CLEAN_UP_SECONDS = 60.0
+LOOK_SECONDS = 1.0
+"""How often an idle runner looks at its engines."""
+AGAIN_SECONDS = 30.0
+"""Before engines that do not start are tried again."""
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +54,7 @@ class JobRunner:
         self._stop = threading.Event()
         self._watch: JobWatch | None = None
         self._trouble: str | None = None
-        self._next_clean_up = 0.0
+        self._next_clean_up = self._next_look = self._next_pool = 0.0
         for name in ("pipeline", "actors"):
             logging.getLogger(name).setLevel(logging.INFO)  # jobs' logs become events
         self._loop = threading.Thread(target=self._run, name="jobs", daemon=True)
@@ -106,16 +110,28 @@ class JobRunner:
             log.warning("job %s waited too long", job, extra={"job": job})
 
     def _warm_up(self) -> None:
-        """Engines start with the service, not with its first job."""
-        if self._pool is not None:
-            return
-        try:
-            self._pool = _pool(self._settings)
-            self._trouble = None
-        except PipelineError as error:
-            if self._trouble != str(error):
-                log.error("no renderers: %s", error)
-            self._trouble = str(error)
+        """Engines start with the service, not with its first job; where none does, it is tried again."""
+        now = time.monotonic()
+        if self._pool is not None and now >= self._next_look:
+            self._next_look = now + LOOK_SECONDS
+            lanes = self._pool.lanes()
+            if lanes.ready or lanes.starting:
+                self._trouble = None
+                return
+            self._say(self._pool.trouble() or "no engine answers")
+            self._close_pool()
+            self._next_pool = now + AGAIN_SECONDS
+        if self._pool is None and now >= self._next_pool:
+            try:
+                self._pool = _pool(self._settings)
+            except PipelineError as error:
+                self._say(str(error))
+                self._next_pool = now + AGAIN_SECONDS
+
+    def _say(self, trouble: str) -> None:
+        if trouble != self._trouble:
+            log.error("no renderers: %s", trouble)
+        self._trouble = trouble
 
     def _close_pool(self) -> None:
         if self._pool is not None:
@@ -159,6 +175,7 @@ class JobRunner:
                 log.exception("job %s failed in a way that nobody foresaw", job.id, extra={"job": job.id})
                 said = _error("internal_error", "an error inside the service; its log tells more")
             else:
+                watch.flush()
                 result |= deliver(store, job)
                 size = store.size(job.id)
                 store.index.finish(job.id, self._name, "completed", result=result, size=size)

@@ -84,6 +84,10 @@ class JobWatch:
             told = {"progress": share, "stage": seen.stage, "eta_seconds": self._values["eta_seconds"]}
             self._index.tell(self._job.id, "progress", told)
 
+    def flush(self) -> None:
+        """Store how far it is now."""
+        self._index.keep(self._job.id, self._runner, **self._values)
+
     def _keep(self) -> None:
         while not self._ended.wait(KEEP_SECONDS):
             if self._deadline is not None and time.time() > self._deadline:

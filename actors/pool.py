@@ -92,6 +92,11 @@ class RendererPool:
             ),
         )
 
+    def trouble(self) -> str | None:
+        """Why the first of the lanes that could not be started could not."""
+        outcomes = (self._outcome(lane, slot) for lane, slot in self._slots.items())
+        return next((str(found) for found in outcomes if isinstance(found, PipelineError)), None)
+
     def submit(self, task: SegmentTask, lane: int) -> Future[RenderedSegment]:
         """Render on a lane.  A lost renderer is replaced, and the future fails with ``RendererLost``."""
         slot = self._slots[lane]

@@ -1,0 +1,308 @@
+"""The service on a real Ray Serve: jobs by every API, and what they survive."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import requests
+import runpod
+
+from pipeline.frames import check_video
+from tests.conftest import ROOT
+from tests.service_process import HEADERS, Service, kill_all, running_service
+
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """One service for the tests that leave it alive."""
+    folder = tmp_path_factory.mktemp("service")
+    with running_service(
+        folder / "data",
+        uuid.uuid4().hex,
+        folder / "log",
+        INFINITETALK_DRAFT_ARGS="--draft-window-seconds 0.3",
+        INFINITETALK_SERVE_VOLUME=str(folder),
+    ) as running:
+        yield running
+
+
+def frames_of(content: bytes, tmp_path: Path, wanted: int) -> None:
+    path = tmp_path / "video.mp4"
+    path.write_bytes(content)
+    check_video(path, wanted)
+
+
+def test_curl_from_the_readme_gives_a_playable_file(service: Service, tmp_path: Path) -> None:
+    """The README's commands, word for word but for the address and the size: upload, wait, fetch."""
+    block = re.search(r"```sh\n(curl .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert block is not None
+    script = block[1].replace("http://127.0.0.1:8000", service.url).replace("size=480p", "width=64")
+    script = script.replace("portrait.png", str(ROOT / "examples" / "portrait.png"))
+    script = script.replace("speech.wav", str(ROOT / "examples" / "speech.wav"))
+    script = script.replace("$TOKEN", "secret-of-anna")
+    subprocess.run(["bash", "-euc", script], cwd=tmp_path, check=True, timeout=120)
+    check_video(tmp_path / "talk.mp4", 538)
+
+
+def test_a_video_is_served_in_parts(
+    service: Service, speech_of: Callable[[int], Path], tmp_path: Path
+) -> None:
+    """Range, ETag, HEAD, base64 and a signed link give the same bytes; strangers get none."""
+    job = service.submit(20, speech_of)
+    done = service.until_over(job)
+    assert done["state"] == "completed", done
+    whole = service.get(f"/v1/jobs/{job}/video")
+    frames_of(whole.content, tmp_path, 20)
+    part = service.get(f"/v1/jobs/{job}/video", headers={**HEADERS, "Range": "bytes=10-19"})
+    assert (part.status_code, part.content) == (206, whole.content[10:20])
+    known = {**HEADERS, "Range": "bytes=0-4", "If-Range": whole.headers["etag"]}
+    assert service.get(f"/v1/jobs/{job}/video", headers=known).content == whole.content[:5]
+    head = requests.head(f"{service.url}/v1/jobs/{job}/video", headers=HEADERS, timeout=10)
+    assert int(head.headers["content-length"]) == len(whole.content)
+    encoded = service.get(f"/v1/jobs/{job}/video?encoding=base64").json()["video_base64"]
+    assert base64.b64decode(encoded) == whole.content
+    link = done["video"]
+    assert requests.get(service.url + link, timeout=10).content == whole.content
+    assert requests.get(service.url + link[:-1] + "x", timeout=10).status_code == 403
+    assert requests.get(f"{service.url}/v1/jobs/{job}/video", timeout=10).status_code == 401
+    bert = {"Authorization": "Bearer secret-of-bert"}
+    assert service.get(f"/v1/jobs/{job}", headers=bert).status_code == 404
+    assert service.get("/v1/jobs", headers=bert).json()["jobs"] == []
+
+
+def test_events_are_told_and_resumed(service: Service, speech_of: Callable[[int], Path]) -> None:
+    """A listener hears every state, and one that comes back hears what it missed, once."""
+    job = service.submit(150, speech_of)
+
+    def listen(last: int = 0, until: str = "") -> list[tuple[int, str, dict[str, Any]]]:
+        seen = []
+        with service.get(
+            f"/v1/jobs/{job}/events", headers={**HEADERS, "Last-Event-ID": str(last)}, stream=True
+        ) as answer:
+            fields: dict[str, str] = {}
+            for line in answer.iter_lines(decode_unicode=True):
+                name, _, value = line.partition(": ")
+                fields[name] = value
+                if not line and "data" in fields:
+                    seen.append((int(fields["id"]), fields["event"], json.loads(fields["data"])))
+                    if fields["event"] == until:
+                        return seen
+                    fields = {}
+        return seen
+
+    first = listen(until="segment")
+    rest = listen(first[-1][0])
+    whole = listen()
+    assert [event[0] for event in first + rest] == [event[0] for event in whole]
+    states = [data["state"] for _, kind, data in whole if kind == "status"]
+    assert states == ["queued", "in_progress", "completed"]
+    progress = [data["progress"] for _, kind, data in whole if kind == "progress"]
+    assert progress == sorted(progress)
+    assert {"segment", "log", "progress", "status"} == {kind for _, kind, _ in whole}
+
+
+def test_the_runpod_sdk_runs_unmodified(
+    service: Service, speech_of: Callable[[int], Path], tmp_path: Path
+) -> None:
+    """run, status, output, run_sync, stream, cancel, health, purge_queue of runpod 1.12."""
+    runpod.api_key = "secret-of-anna"
+    runpod.endpoint_url_base = service.url + "/v2"
+    endpoint = runpod.Endpoint("infinitetalk")
+    given = {
+        "input_type": "image",
+        "person_count": "single",
+        "image_base64": "data:image/png;base64,"
+        + base64.b64encode((ROOT / "examples" / "portrait.png").read_bytes()).decode(),
+        "wav_base64": base64.b64encode(speech_of(30).read_bytes()).decode(),
+        "image_url": None,
+        "width": 64,
+        "height": 64,
+        "max_frame": None,
+        "use_multi_gpu": True,
+        "gpuCount": 2,
+    }
+    job = endpoint.run(given)
+    pieces = list(job.stream())
+    assert pieces
+    assert job.status() == "COMPLETED"
+    output = job.output()
+    frames_of(base64.b64decode(output["video"]), tmp_path, 30)
+    assert output["success"] is True
+    assert (output["segments_processed"], output["gpu_count"]) == (1, 1)
+    synced = endpoint.run_sync({**given, "network_volume": True}, timeout=60)
+    check_video(Path(synced["video_path"]), 30)
+    long = endpoint.run({**given, "wav_base64": base64.b64encode(speech_of(900).read_bytes()).decode()})
+    service.until(long.job_id, lambda found: found["state"] == "in_progress")
+    waiting = endpoint.run(given)
+    assert endpoint.health()["jobs"]["completed"] >= 2
+    assert endpoint.purge_queue() == {"removed": 1, "status": "completed"}
+    assert waiting.status() == "CANCELLED"
+    assert long.cancel()["status"] == "CANCELLED"
+    assert list(long.stream()) is not None
+    with pytest.raises(ValueError, match=r"Unauthorized|401"):
+        runpod.api_key = "wrong-token"
+        runpod.Endpoint("infinitetalk").run(given)
+
+
+def test_the_asyncio_client_of_runpod(service: Service, speech_of: Callable[[int], Path]) -> None:
+    """AsyncioEndpoint: run, status, output, cancel."""
+    import aiohttp
+
+    runpod.api_key = "secret-of-anna"
+    runpod.endpoint_url_base = service.url + "/v2"
+    given = {
+        "image_base64": base64.b64encode((ROOT / "examples" / "portrait.png").read_bytes()).decode(),
+        "wav_base64": base64.b64encode(speech_of(20).read_bytes()).decode(),
+        "width": 64,
+        "height": 64,
+    }
+
+    async def use() -> None:
+        async with aiohttp.ClientSession() as session:
+            endpoint = runpod.AsyncioEndpoint("infinitetalk", session)
+            job = await endpoint.run(given)
+            output = await job.output(timeout=60)
+            assert base64.b64decode(output["video"])[4:8] == b"ftyp"
+            other = await endpoint.run(given)
+            await other.cancel()
+            assert await other.status() == "CANCELLED"
+
+    asyncio.run(use())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_openai_sdk_runs_unmodified(
+    service: Service, speech_of: Callable[[int], Path], tmp_path: Path
+) -> None:
+    """create, create_and_poll, retrieve, list, download_content, delete of openai's videos."""
+    client = openai.OpenAI(base_url=service.url + "/v1", api_key="secret-of-anna", max_retries=0)
+    speech = "data:audio/wav;base64," + base64.b64encode(speech_of(25).read_bytes()).decode()
+    portrait = ROOT / "examples" / "portrait.png"
+    video = client.videos.create_and_poll(
+        prompt="hello",
+        input_reference=portrait,
+        size="64x64",
+        extra_body={"audio": speech},  # type: ignore[arg-type]
+    )
+    assert (video.status, video.progress, video.size, video.seconds) == ("completed", 100, "64x64", "1")
+    frames_of(client.videos.download_content(video.id).read(), tmp_path, 25)
+    assert client.videos.retrieve(video.id).status == "completed"
+    assert video.id in [found.id for found in client.videos.list(limit=1)]
+    assert client.videos.delete(video.id).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.videos.retrieve(video.id)
+    with pytest.raises(openai.BadRequestError, match="input_reference"):
+        client.videos.create(prompt="hello")
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=service.url + "/v1", api_key="nobody", max_retries=0).videos.list()
+
+
+def test_cancelling_frees_the_engines(service: Service, speech_of: Callable[[int], Path]) -> None:
+    """Two seconds after a cancel, the next job's windows are rendered; the engines say so themselves."""
+    long = service.submit(1500, speech_of)
+    service.until(long, lambda job: job["stage"] == "rendering" and job["progress"] > 0)
+    began = time.monotonic()
+    assert service.post(f"/v1/jobs/{long}/cancel").json()["state"] == "cancelled"
+    after = service.submit(20, speech_of)
+    service.until(after, lambda job: job["progress"] > 0 or job["state"] == "completed", 15)
+    assert time.monotonic() - began < 15
+    assert service.until_over(after)["state"] == "completed"
+    assert service.post(f"/v1/jobs/{long}/retry").json()["state"] == "queued"
+    service.post(f"/v1/jobs/{long}/cancel")
+
+
+def test_a_failed_job_says_what_to_change(service: Service, speech_of: Callable[[int], Path]) -> None:
+    """What only the render finds out is in the job: code, message and field."""
+    silent = {"image": "http://127.0.0.1:9/x.png", "width": 64}
+    with speech_of(20).open("rb") as sound:
+        answer = service.post("/v1/jobs", files={"audio": sound}, data=silent)
+    failed = service.until_over(answer.json()["id"])
+    assert failed["state"] == "failed"
+    assert failed["error"]["field"] == "image"
+    assert "not a public address" in failed["error"]["message"]
+
+
+def test_a_job_survives_its_runner_and_its_replica(
+    service: Service, speech_of: Callable[[int], Path], processes_with: Callable[[str], list[int]]
+) -> None:
+    """kill -9 of the runner actor, then of the replica: the API answers on, the job completes exactly."""
+    job = service.submit(500, speech_of)
+    service.until(job, lambda found: found["progress"] > 5)
+
+    def kill(title: str) -> int:
+        pids = [
+            pid
+            for pid in processes_with(f"TEST_MARK={service.mark}")
+            if title in Path(f"/proc/{pid}/cmdline").read_text()
+        ]
+        assert pids, title
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        return pids[0]
+
+    kill("ray::JobRunner")
+    kill("ray::ServeReplica")
+    done = service.until_over(job, 120)
+    assert done["state"] == "completed", done
+    assert done["result"]["frames"] == 500
+    assert done["attempt"] == 2
+
+
+def test_everything_survives_a_power_cut(
+    tmp_path: Path, speech_of: Callable[[int], Path], processes_with: Callable[[str], list[int]]
+) -> None:
+    """kill -9 of all: on the same data, the running job goes on with what it has, the waiting one runs."""
+    first_life, second_life = uuid.uuid4().hex, uuid.uuid4().hex
+    data, log = tmp_path / "data", tmp_path / "log"
+
+    def kept() -> dict[Path, int]:
+        found = data.glob("jobs/*/work/segments/[0-9]*/segment.json")
+        return {path: path.stat().st_mtime_ns for path in found}
+
+    with running_service(
+        data, first_life, log, INFINITETALK_DRAFT_ARGS="--draft-window-seconds 0.2"
+    ) as service:
+        running = service.submit(3000, speech_of)
+        waiting = service.submit(20, speech_of)
+        service.until(running, lambda _: bool(kept()), 90)
+        assert kill_all(first_life)
+        service.process.wait()
+    before = kept()
+    with running_service(data, second_life, log) as service:
+        assert service.until_over(running, 120)["result"]["frames"] == 3000
+        assert service.until_over(waiting)["result"]["frames"] == 20
+        assert service.job(running)["attempt"] == 2
+        assert before.items() <= kept().items()
+    assert processes_with(f"TEST_MARK={second_life}") == []
+
+
+def test_without_tokens_only_loopback_is_served(tmp_path: Path) -> None:
+    """A service without tokens refuses to listen to the world, before anything starts."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("INFINITETALK_")}
+    env["INFINITETALK_SERVE_DATA_DIR"] = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "infinitetalk", "serve", "--host", "0.0.0.0"],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 3
+    assert "INFINITETALK_SERVE_TOKENS" in done.stderr
