@@ -45,6 +45,84 @@ CANCEL_SECONDS = 2.0
 Jobs = dict[str, tuple[RenderResult, Path]]
 
 
+@pytest.fixture
+def command(
+    comfyui_settings: Settings, tmp_path: Path, portrait: Path, speech_of: Callable[[int], Path]
+) -> Iterator[Callable[[int], Command]]:
+    """Starts ``infinitetalk render`` with so many steps on two ComfyUIs, in a process of its own."""
+    running: list[Command] = []
+
+    def start(steps: int) -> Command:
+        settings = comfyui_settings.model_dump(exclude={"scratch_dir"}, exclude_defaults=True)
+        env = {f"INFINITETALK_{name.upper()}": str(value) for name, value in settings.items()}
+        files = ["--image", portrait, "--audio", speech_of(FRAMES), "-o", tmp_path / "talk.mp4"]
+        sizes = ["--width", SIZE, "--height", SIZE, "--gpus", 2, "--steps", steps, "--json"]
+        running.append(Command(tmp_path, [*files, *sizes], **env))
+        return running[-1]
+
+    yield start
+    for one in running:
+        one.process.kill()  # what a failed test has left
+        one.process.wait()
+
+
+def engines_of(command: Command) -> list[int]:
+    """Pids of the ComfyUIs of a command."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            words = (entry / "cmdline").read_bytes().decode().split("\0") if entry.name.isdecimal() else []
+        except OSError:
+            continue
+        if words[1:2] == ["main.py"] and any(word.startswith(str(command.scratch)) for word in words):
+            found.append(int(entry.name))
+    return found
+
+
+def left_over(command: Command, processes_with: Callable[[str], list[int]]) -> list[object]:
+    """Processes, engines' folders and half-made files of a command."""
+    beside = [path for path in command.scratch.parent.iterdir() if path.name not in ("scratch", "talk.mp4")]
+    return [
+        *processes_with(str(command.scratch)),
+        *command.scratch.glob("infinitetalk-engine-*"),
+        *beside,
+    ]
+
+
+def test_a_killed_comfyui_costs_one_more_try(
+    command: Callable[[int], Command], tmp_path: Path, processes_with: Callable[[str], list[int]]
+) -> None:
+    """kill -9 in the middle of a job: the video is exact all the same, and nothing is left behind."""
+    job = command(2)
+    job.wait_for("windows [1-9]", 400)
+    engines = engines_of(job)
+    assert len(engines) == 2
+    os.kill(engines[0], signal.SIGKILL)
+    assert job.finish(400) == 0, job.log
+    assert "gets another try" in job.log
+    assert "died with exit code -9" in job.log
+    assert len(decoded(tmp_path / "talk.mp4")) == FRAMES
+    assert left_over(job, processes_with) == []
+
+
+def test_ctrl_c_ends_every_process(
+    command: Callable[[int], Command],
+    tmp_path: Path,
+    processes_with: Callable[[str], list[int]],
+    wait_gone: Callable[[Iterable[int], float], list[int]],
+) -> None:
+    """In the first window: exit code 130, no video, no process, no file."""
+    job = command(100)
+    job.wait_for("created 2 segments", 400)
+    engines = engines_of(job)
+    assert len(engines) == 2
+    job.process.send_signal(signal.SIGINT)
+    assert job.finish(60) == 130, job.log
+    assert wait_gone(engines, 10) == []
+    assert not (tmp_path / "talk.mp4").exists()
+    assert left_over(job, processes_with) == []
+
+
 @pytest.fixture(scope="module")
 def pool(comfyui_settings: Settings) -> Iterator[RendererPool]:
     """Two renderers, each with a ComfyUI of its own, that have rendered nothing yet."""
@@ -149,7 +227,6 @@ def test_the_engines_own_logs_say_how_often_models_were_loaded(
 
 
 def test_a_cancelled_job_leaves_its_engines_idle_and_empty(
-    jobs: Jobs,
     pool: RendererPool,
     comfyui_settings: Settings,
     tmp_path: Path,
@@ -157,7 +234,6 @@ def test_a_cancelled_job_leaves_its_engines_idle_and_empty(
     speech_of: Callable[[int], Path],
 ) -> None:
     """Cancelled while both sample: both queues are empty within 2 s, as the engines say; nothing is kept."""
-    assert len(jobs) == 4
     engines = [f"http://127.0.0.1:{info.port}" for info in pool.start()]
     idle_after: dict[str, float] = {}
 
@@ -193,77 +269,3 @@ def test_a_cancelled_job_leaves_its_engines_idle_and_empty(
         base = Path(argv[argv.index("--base-directory") + 1])
         assert [path for name in ("input", "output") for path in (base / name).rglob("*")] == []
         assert list(base.glob("segment-*")) == []
-
-
-def started(settings: Settings, folder: Path, portrait: Path, speech: Path, *more: object) -> Command:
-    """``infinitetalk render`` on two ComfyUIs, in a process of its own."""
-    env = {
-        f"INFINITETALK_{name.upper()}": str(value)
-        for name, value in settings.model_dump(exclude={"scratch_dir"}, exclude_defaults=True).items()
-    }
-    sizes = ["--width", SIZE, "--height", SIZE, "--gpus", 2, "--json"]
-    files = ["--image", portrait, "--audio", speech, "-o", folder / "talk.mp4"]
-    return Command(folder, [*files, *sizes, *more], **env)
-
-
-def engines_of(command: Command) -> list[int]:
-    """Pids of the ComfyUIs of a command."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            words = (entry / "cmdline").read_bytes().decode().split("\0") if entry.name.isdecimal() else []
-        except OSError:
-            continue
-        if words[1:2] == ["main.py"] and any(word.startswith(str(command.scratch)) for word in words):
-            found.append(int(entry.name))
-    return found
-
-
-def left_over(command: Command, processes_with: Callable[[str], list[int]]) -> list[object]:
-    """Processes, engines' folders and half-made files of a command."""
-    beside = [path for path in command.scratch.parent.iterdir() if path.name not in ("scratch", "talk.mp4")]
-    return [
-        *processes_with(str(command.scratch)),
-        *command.scratch.glob("infinitetalk-engine-*"),
-        *beside,
-    ]
-
-
-def test_a_killed_comfyui_costs_one_more_try(
-    comfyui_settings: Settings,
-    tmp_path: Path,
-    portrait: Path,
-    speech_of: Callable[[int], Path],
-    processes_with: Callable[[str], list[int]],
-) -> None:
-    """kill -9 in the middle of a job: the video is exact all the same, and nothing is left behind."""
-    command = started(comfyui_settings, tmp_path, portrait, speech_of(FRAMES), "--steps", 2)
-    command.wait_for("windows [1-9]", 400)
-    engines = engines_of(command)
-    assert len(engines) == 2
-    os.kill(engines[0], signal.SIGKILL)
-    assert command.finish(400) == 0, command.log
-    assert "gets another try" in command.log
-    assert "died with exit code -9" in command.log
-    assert len(decoded(tmp_path / "talk.mp4")) == FRAMES
-    assert left_over(command, processes_with) == []
-
-
-def test_ctrl_c_ends_every_process(
-    comfyui_settings: Settings,
-    tmp_path: Path,
-    portrait: Path,
-    speech_of: Callable[[int], Path],
-    processes_with: Callable[[str], list[int]],
-    wait_gone: Callable[[Iterable[int], float], list[int]],
-) -> None:
-    """In the first window: exit code 130, no video, no process, no file."""
-    command = started(comfyui_settings, tmp_path, portrait, speech_of(FRAMES), "--steps", 100)
-    command.wait_for("created 2 segments", 400)
-    running = engines_of(command)
-    assert len(running) == 2
-    command.process.send_signal(signal.SIGINT)
-    assert command.finish(60) == 130, command.log
-    assert wait_gone(running, 10) == []
-    assert not (tmp_path / "talk.mp4").exists()
-    assert left_over(command, processes_with) == []
