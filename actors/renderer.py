@@ -25,7 +25,7 @@ from pipeline.devices import Device, this_cpu, visible_gpus
 from pipeline.engine import (
     RunningEngine,
     choose_engine,
-    clear_inputs,
+    clear_files,
     discard_outputs,
     engine_kind,
     running_engine,
@@ -176,7 +176,8 @@ class Renderer:
             raise EngineError(f"GPU {self._lane} on {self._node}: {after}", engine.log_tail()) from error
         finally:
             self._progress = None
-        clear_inputs(engine)
+            if engine.alive:
+                clear_files(engine)
         return RenderedSegment(task.index, self._lane, self._node, task.attempt, arrays, seconds, nodes)
 
     def _report(self, progress: SegmentProgress) -> None:

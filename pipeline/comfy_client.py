@@ -158,6 +158,7 @@ class ComfyClient:
                     cancelled.wait(TICK_SECONDS)
                     socket.open()
                 if (outputs := follower.step(message, alone=not socket.is_open)) is not None:
+                    follower.hear_out(socket)
                     self._forget(prompt_id)
                     return outputs
         except EngineError:
@@ -165,7 +166,8 @@ class ComfyClient:
                 raise JobCancelled(job or prompt_id) from None
             raise
         except PipelineError:
-            raise  # the engine is done with the prompt
+            self._forget(prompt_id)  # the engine is done with the prompt
+            raise
         except BaseException:
             self._give_up(prompt_id)
             raise
@@ -198,11 +200,12 @@ class ComfyClient:
             while prompt_id in self._queue(ANSWER_SECONDS) and time.monotonic() < late:
                 time.sleep(TICK_SECONDS / 2)
                 self.interrupt(prompt_id)
+            self._forget(prompt_id)
         except EngineError:
             return
 
     def _forget(self, prompt_id: str) -> None:
-        """Take a finished prompt out of the history: engines keep the last 10,000 graphs, 50 KB each."""
+        """Take a prompt that has ended out of the history: engines keep 10,000 graphs, 50 KB each."""
         with suppress(EngineError):
             self._request("POST", "/history", json={"delete": [prompt_id]}, timeout=ANSWER_SECONDS)
 
@@ -263,12 +266,9 @@ class _Follower:
 
     def step(self, message: object | None, *, alone: bool) -> Outputs | None:
         """Take a message, or none; outputs once the prompt has ended.  ``alone``: there is no socket."""
-        before, self._seen = self._seen, self._seen.after(message)
         now = time.monotonic()
-        if self._seen != before:
+        if self._take(message):
             self._alive_at = now
-            if self._on_progress is not None:
-                self._on_progress(self._seen)
         if not self._due(now, alone):
             return None
         self._polled_at = now
@@ -281,6 +281,23 @@ class _Follower:
             if time.monotonic() - self._alive_at > self._silent_after:
                 raise EngineError(f"the engine has not answered for {self._silent_after:.0f} s") from error
             return None
+
+    def hear_out(self, socket: ProgressSocket) -> None:
+        """Take what was said before a poll found the end: which nodes ran last is told by the socket only."""
+        while socket.is_open and not self._seen.ended:
+            message = socket.next(TICK_SECONDS)
+            if message is None:
+                return
+            self._take(message)
+
+    def _take(self, message: object | None) -> bool:
+        """Tell of what is new; whether there was anything."""
+        before, self._seen = self._seen, self._seen.after(message)
+        if self._seen == before:
+            return False
+        if self._on_progress is not None:
+            self._on_progress(self._seen)
+        return True
 
     def _due(self, now: float, alone: bool) -> bool:
         if self._seen.ended:

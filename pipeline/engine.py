@@ -341,8 +341,9 @@ def discard_outputs(engine: RunningEngine, files: Sequence[OutputFile]) -> None:
             path.unlink(missing_ok=True)
 
 
-def clear_inputs(engine: RunningEngine) -> None:
-    """Delete what was uploaded for a segment that is done."""
-    shutil.rmtree(engine.base_dir / "input", ignore_errors=True)
-    with contextlib.suppress(OSError):
-        (engine.base_dir / "input").mkdir(exist_ok=True)
+def clear_files(engine: RunningEngine) -> None:
+    """Delete what was uploaded and made for a segment that is over, however it ended."""
+    for name in ("input", "output"):
+        shutil.rmtree(engine.base_dir / name, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            (engine.base_dir / name).mkdir(exist_ok=True)

@@ -1,11 +1,12 @@
 """Tiny weights under production file names, so that a real ComfyUI runs a production graph on a CPU.
 
-    python tests/comfyui_weights.py MODELS_DIR
+    python tests/comfyui_weights.py MODELS_DIR [--old]
 
-For ComfyUI 0.33 and newer (older versions don't read the sizes of the diffusion model from the file's
-metadata).  The pictures are noise; sizes, frame counts and the order of events are the real ones.  Small
-models get seeded random weights.  The three encoders have sizes that ComfyUI fixes, so their big matrices
-are left out as holes of zeros: 1.7 GB of files that take 150 MB of disk.  Needs numpy only.
+ComfyUI 0.33 reads the sizes of the diffusion model from the file's metadata, 0.11 guesses them: there
+heads are 128 wide and text is 4096 (``OLD``; tests/comfyui_nodes/wide_text makes text so wide).  The
+pictures are noise; sizes, frame counts and the order of events are the real ones.  Small models get seeded
+random weights.  The three encoders have sizes that ComfyUI fixes, so their big matrices are left out as
+holes of zeros: 1.7 GB of files that take 150 MB of disk.  Needs numpy only.
 """
 
 from __future__ import annotations
@@ -15,12 +16,34 @@ import json
 import math
 import struct
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 HOLE = 1_000_000
 """Tensors of an encoder with at least so many elements are zeros and take no disk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Of the diffusion model: widths of itself and of the text it takes, heads.
+
+    InfiniteTalk has 40 heads of even size, so the smallest width is 80.
+    """
+
+    width: int = 80
+    text: int = 768
+    heads: int = 2
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What ComfyUI 0.33 reads them from."""
+        return {"config": json.dumps({"transformer": {"num_heads": self.heads, "text_dim": self.text}})}
+
+
+OLD = Sizes(width=640, text=4096, heads=5)
+"""What ComfyUI 0.11 can load: the smallest width that 128 and 40 divide."""
 
 
 class Tensors:
@@ -75,12 +98,9 @@ class Tensors:
             file.truncate(8 + len(text) + offset)
 
 
-def diffusion() -> Tensors:
-    """Wan 2.1 image-to-video, 2 blocks.
-
-    The audio attention has 40 heads whose size must be even, so the smallest width is 80.
-    """
-    width, feed, text, picture = 80, 160, 768, 1280
+def diffusion(sizes: Sizes) -> Tensors:
+    """Wan 2.1 image-to-video, 2 blocks."""
+    width, feed, text, picture = sizes.width, 2 * sizes.width, sizes.text, 1280
     model = Tensors(np.float32)
     model.layer("patch_embedding", width, 36, 1, 2, 2)  # 36 channels and img_emb make it image-to-video
     for name, into in (("text_embedding", text), ("time_embedding", 256)):
@@ -109,14 +129,14 @@ def diffusion() -> Tensors:
     return model
 
 
-def lora() -> Tensors:
+def lora(_: Sizes) -> Tensors:
     """A LoRA that changes nothing: no tensor at all."""
     return Tensors(np.float16)
 
 
-def patch() -> Tensors:
+def patch(sizes: Sizes) -> Tensors:
     """InfiniteTalk, for one speaker or two; ComfyUI makes 40 blocks whatever the file says."""
-    width, inner, context, audio = 80, 16, 32, 12 * 768
+    width, inner, context, audio = sizes.width, 16, 32, 12 * 768
     model = Tensors(np.float32)
     model.layer("audio_proj.proj1", inner, 5 * audio)
     model.layer("audio_proj.proj1_vf", inner, 8 * audio)
@@ -132,7 +152,7 @@ def patch() -> Tensors:
     return model
 
 
-def vae() -> Tensors:
+def vae(_: Sizes) -> Tensors:
     """Wan 2.1's VAE, 8 channels wide instead of 96."""
     base, latent = 8, 16
     model = Tensors(np.float32)
@@ -184,7 +204,7 @@ def vae() -> Tensors:
     return model
 
 
-def text() -> Tensors:
+def text(_: Sizes) -> Tensors:
     """T5 base in UMT5's place: the narrowest text encoder whose tokenizer comes with ComfyUI."""
     width, feed = 768, 3072
     model = Tensors(np.float16, holes=True)
@@ -203,7 +223,7 @@ def text() -> Tensors:
     return model
 
 
-def image() -> Tensors:
+def image(_: Sizes) -> Tensors:
     """CLIP ViT-H/14 without its matrices."""
     width, feed = 1280, 5120
     model = Tensors(np.float16, holes=True)
@@ -225,7 +245,7 @@ def image() -> Tensors:
     return model
 
 
-def audio() -> Tensors:
+def audio(_: Sizes) -> Tensors:
     """wav2vec2 base; sound still reaches the output, past the matrices that are left out."""
     width, feed, channels = 768, 3072, 512
     model = Tensors(np.float16, holes=True)
@@ -260,7 +280,7 @@ def _counter(prefix: str) -> Iterator[str]:
         number += 1
 
 
-FILES: dict[str, Callable[[], Tensors]] = {
+FILES: dict[str, Callable[[Sizes], Tensors]] = {
     "diffusion_models/Wan2_1-I2V-14B-480p_fp8_e4m3fn_scaled_KJ": diffusion,
     "loras/lightx2v_I2V_14B_480p_cfg_step_distill_rank64_bf16": lora,
     "model_patches/wan2.1_infiniteTalk_single_fp16": patch,
@@ -270,18 +290,19 @@ FILES: dict[str, Callable[[], Tensors]] = {
     "audio_encoders/wav2vec2-chinese-base_fp16": audio,
     "model_patches/wan2.1_infiniteTalk_multi_fp16": patch,
 }
-CONFIG = {"config": json.dumps({"transformer": {"num_heads": 2, "text_dim": 768}})}
 
 
-def write_weights(directory: Path, seed: int = 0) -> None:
+def write_weights(directory: Path, sizes: Sizes = Sizes(), seed: int = 0) -> None:
     """All the files that the workflows name, in ComfyUI's folders below ``directory``."""
     for number, (name, model) in enumerate(FILES.items()):
         path = directory / f"{name}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
-        model().write(path, seed + number, CONFIG if model is diffusion else None)
+        model(sizes).write(path, seed + number, sizes.metadata if model is diffusion else None)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Write tiny weights for a real ComfyUI.")
     parser.add_argument("directory", type=Path)
-    write_weights(parser.parse_args().directory)
+    parser.add_argument("--old", action="store_true", help="for ComfyUI 0.11")
+    arguments = parser.parse_args()
+    write_weights(arguments.directory, OLD if arguments.old else Sizes())

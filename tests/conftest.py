@@ -16,14 +16,38 @@ for name in [name for name in os.environ if name.startswith("INFINITETALK_")]:
 
 import select
 import wave
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from pipeline.settings import Settings
+from tests.comfyui_process import CHECKOUT, comfyui_engine, comfyui_env
+from tests.draft_process import Engine
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
+collect_ignore = ["comfyui_nodes"]  # for ComfyUI, not for pytest
+
+LEFT_OUT = pytest.StashKey[int]()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what needs a real ComfyUI where none is given."""
+    if CHECKOUT:
+        return
+    left_out = [item for item in items if item.get_closest_marker("comfyui")]
+    items[:] = [item for item in items if not item.get_closest_marker("comfyui")]
+    config.stash[LEFT_OUT] = len(left_out)
+    config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say so, in one line: a line for each such test would hide the other ones."""
+    if left_out := config.stash.get(LEFT_OUT, 0):
+        reason = f"SKIPPED {left_out} tests: no real ComfyUI given: make test-comfyui COMFYUI_DIR=..."
+        terminalreporter.write_line(reason, yellow=True)
 
 
 @pytest.fixture(scope="session")
@@ -101,3 +125,16 @@ def processes_with() -> Callable[[str], list[int]]:
         return found
 
     return find
+
+
+@pytest.fixture(scope="session")
+def comfyui_settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """Settings of the real ComfyUI that was given, with tiny weights."""
+    return Settings.from_env(comfyui_env(tmp_path_factory.mktemp("comfyui")))
+
+
+@pytest.fixture(scope="session")
+def comfyui(comfyui_settings: Settings) -> Iterator[Engine]:
+    """A real ComfyUI for all tests that leave it as it was."""
+    with comfyui_engine(comfyui_settings) as engine:
+        yield engine

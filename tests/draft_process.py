@@ -33,26 +33,28 @@ MODELS = {
 ORDER = ["7", "3", "5", "8", "6", "2", "10", "9", "4", "1", "11", "100", "101", "102", "900", "901", "902"]
 """In which a real ComfyUI executed the nodes of ``window``."""
 
+ANSWER_SECONDS = 60
+"""A real ComfyUI that loads weights on a busy machine says nothing for long."""
+
 Graph = dict[str, dict[str, Any]]
 Message = dict[str, Any]
 
 
 class Engine:
-    """A draft engine process and the plainest of clients."""
+    """An engine (the draft, or a real ComfyUI) and the plainest of clients."""
 
-    def __init__(self, process: subprocess.Popen[str], port: int, base: Path) -> None:
-        self.process, self.base = process, base
-        self.url = f"http://127.0.0.1:{port}"
+    def __init__(self, url: str, base: Path) -> None:
+        self.url, self.base = url, base
 
     def get(self, path: str, **more: Any) -> requests.Response:
-        return requests.get(self.url + path, timeout=10, **more)
+        return requests.get(self.url + path, timeout=ANSWER_SECONDS, **more)
 
     def post(self, path: str, **more: Any) -> requests.Response:
-        return requests.post(self.url + path, timeout=10, **more)
+        return requests.post(self.url + path, timeout=ANSWER_SECONDS, **more)
 
     def listen(self, client: str = "") -> websocket.WebSocket:
         return websocket.create_connection(
-            f"{self.url.replace('http', 'ws')}/ws?clientId={client}", timeout=10
+            f"{self.url.replace('http', 'ws')}/ws?clientId={client}", timeout=ANSWER_SECONDS
         )
 
     def submit(self, graph: Graph, **more: Any) -> str:
@@ -68,6 +70,12 @@ class Engine:
         messages = until(listener, lambda message: ended(message, prompt_id))
         listener.close()
         return messages
+
+    def forget_all(self) -> None:
+        """Empty the cache, and wait for it: /free acts after the prompt that runs, or after the next one."""
+        assert self.post("/free", json={"unload_models": True, "free_memory": True}).text == ""
+        other = {"class_type": "LoadImage", "inputs": {"image": "other.png"}}
+        self.run({"1": other, "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}}})
 
     def history(self, prompt_id: str) -> dict[str, Any]:
         entry: dict[str, Any] = self.get(f"/history/{prompt_id}").json()[prompt_id]
@@ -89,8 +97,25 @@ def progressing(message: Message) -> bool:
     return bool(message["type"] == "progress")
 
 
+class DraftEngine(Engine):
+    """A draft engine, with its process."""
+
+    def __init__(self, process: subprocess.Popen[str], port: int, base: Path) -> None:
+        super().__init__(f"http://127.0.0.1:{port}", base)
+        self.process = process
+
+
+def put_inputs(base: Path) -> None:
+    """The files that ``window`` names, and another picture."""
+    for name in ("face.png", "other.png"):
+        Image.effect_noise((96, 96), 40).convert("RGB").save(base / "input" / name)
+    with wave.open(str(base / "input" / "speech1.wav"), "wb") as sound:
+        sound.setparams((1, 2, 16_000, 0, "NONE", ""))
+        sound.writeframes((np.sin(np.arange(32_000) / 20) * 9_000).astype(np.int16).tobytes())
+
+
 @contextmanager
-def draft_engine(base: Path, *flags: str) -> Iterator[Engine]:
+def draft_engine(base: Path, *flags: str) -> Iterator[DraftEngine]:
     for folder, name in MODELS.items():
         (base / "models" / folder).mkdir(parents=True, exist_ok=True)
         (base / "models" / folder / f"{name}.safetensors").touch()
@@ -106,12 +131,8 @@ def draft_engine(base: Path, *flags: str) -> Iterator[Engine]:
             if "listens on port" in line:
                 break
         threading.Thread(target=process.stdout.read, daemon=True).start()  # a full pipe would stop it
-        engine = Engine(process, port, base)
-        Image.effect_noise((96, 96), 40).convert("RGB").save(base / "input" / "face.png")
-        with wave.open(str(base / "input" / "speech1.wav"), "wb") as sound:
-            sound.setparams((1, 2, 16_000, 0, "NONE", ""))
-            sound.writeframes((np.sin(np.arange(32_000) / 20) * 9_000).astype(np.int16).tobytes())
-        yield engine
+        put_inputs(base)
+        yield DraftEngine(process, port, base)
     finally:
         process.kill()
         process.wait()

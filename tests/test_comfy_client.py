@@ -1,4 +1,4 @@
-"""The client against a real engine (the draft), and against a stub for what no good engine does."""
+"""The client against engines (the draft, a real ComfyUI), and a stub for what no good engine does."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from typing import Any
 
 import pytest
 import requests
+import websocket
 from PIL import Image
 
 from pipeline.comfy_client import ComfyClient
 from pipeline.comfy_events import PromptProgress
 from pipeline.errors import EngineError, GraphError, JobCancelled, PipelineError
 from pipeline.workflow import Graph, Workflow, load
+from tests.comfyui_process import BOTH_ENGINES
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SILENT_AFTER = 30.0
@@ -73,9 +75,12 @@ def _wait_until_ready(client: ComfyClient, process: subprocess.Popen[bytes], log
             return
 
 
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyClient]:
-    """A well-behaved draft engine for many tests; a window of 13 frames takes half a second."""
+@pytest.fixture(scope="module", params=BOTH_ENGINES)
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyClient]:
+    """A well-behaved draft engine, or a real ComfyUI; a window of 13 frames takes half a second or so."""
+    if request.param == "comfyui":
+        yield ComfyClient(request.getfixturevalue("comfyui").url)
+        return
     with draft(tmp_path_factory.mktemp("engine"), "--draft-window-seconds", "2.6") as client:
         yield client
 
@@ -123,9 +128,24 @@ def test_a_window_comes_back_as_pictures(engine: ComfyClient, workflow: Workflow
 
 
 def test_the_engines_history_does_not_grow(engine: ComfyClient, workflow: Workflow) -> None:
-    """A prompt whose outputs are known is taken out of it: an hour of windows would be 60 MB of graphs."""
+    """A prompt that has ended, however, is taken out of it: an hour of windows would be 60 MB of graphs."""
+
+    def kept() -> set[str]:
+        return set(requests.get(f"{engine.url}/history", timeout=60).json())
+
+    before = kept()
     assert run(engine, graph_for(engine, workflow, "history", seed=9))
-    assert requests.get(f"{engine.url}/history", timeout=10).json() == {}
+    with pytest.raises(GraphError):
+        run(engine, graph_for(engine, workflow, "history", length=18))
+    cancelled = threading.Event()
+    with pytest.raises(JobCancelled):
+        run(
+            engine,
+            graph_for(engine, workflow, "history", seed=11),
+            cancelled,
+            on_progress=lambda _: cancelled.set(),
+        )
+    assert kept() == before
 
 
 def test_proxies_of_the_environment_are_for_others(
@@ -147,6 +167,22 @@ def test_the_same_graph_again_is_cached(engine: ComfyClient, workflow: Workflow)
     seen: list[PromptProgress] = []
     assert run(engine, graph, on_progress=seen.append) == first
     assert workflow.slot_node("seed") in seen[-1].cached
+
+
+def test_a_socket_that_goes_deaf_does_not_matter(engine: ComfyClient, workflow: Workflow) -> None:
+    """Another socket with our client id comes and goes: ours stays open without a word, history is enough."""
+    seen: list[PromptProgress] = []
+
+    def steal(progress: PromptProgress) -> None:
+        seen.append(progress)
+        if len(seen) == 1:
+            [item] = requests.get(f"{engine.url}/queue", timeout=60).json()["queue_running"]
+            address = f"{engine.url.replace('http', 'ws')}/ws?clientId={item[3]['client_id']}"
+            websocket.create_connection(address, timeout=60).close()
+
+    outputs = run(engine, graph_for(engine, workflow, "deaf", seed=12), on_progress=steal)
+    assert len(outputs[workflow.slot_node("frames")]) == 13
+    assert not seen[-1].ended
 
 
 def test_two_prompts_at_once_don_t_mix(engine: ComfyClient, workflow: Workflow) -> None:
@@ -175,7 +211,8 @@ def test_refused_graphs_name_the_node(engine: ComfyClient, workflow: Workflow) -
     assert "\n" not in str(error.value)
     graph = graph_for(engine, workflow, "refused")
     graph["1"]["class_type"] = "NoSuchNode"
-    with pytest.raises(GraphError, match=r"node 1 .*not found"):
+    # The second is how ComfyUI 0.11 says it.
+    with pytest.raises(GraphError, match=r"node 1 .*not found|NoSuchNode does not exist.*#1"):
         run(engine, graph)
 
 

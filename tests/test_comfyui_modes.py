@@ -1,4 +1,6 @@
-"""The graphs with our own nodes on a real ComfyUI on the CPU: ``make test-comfyui COMFYUI_DIR=...`` only.
+"""Windows and segments on a real ComfyUI on the CPU: ``make test-comfyui COMFYUI_DIR=...`` only.
+
+What our own nodes do, and what the engine runs and what it still has.  Whole jobs are in ``test_comfyui``.
 
 The weights are random, so pictures mean nothing; that they are the same, or not the same, does.
 """
@@ -6,37 +8,28 @@ The weights are random, so pictures mean nothing; that they are the same, or not
 from __future__ import annotations
 
 import io
-import json
-import subprocess
-import sys
 import threading
 import uuid
 import wave
-from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-import av
 import numpy as np
 import pytest
 from PIL import Image
 
 from pipeline import motion_frames
 from pipeline.comfy_client import ComfyClient
-from pipeline.engine import choose_engine, running_engine
 from pipeline.errors import GraphError
 from pipeline.frames import read_stack
-from pipeline.messages import Recipe, SegmentTask
+from pipeline.messages import NodeRuns, Recipe, SegmentTask
 from pipeline.segment import render_segment
-from pipeline.settings import Settings
 from pipeline.workflow import Graph, load
-from tests.conftest import ROOT
-from tests.test_comfyui import CHECKOUT, comfyui_env
+from tests.comfyui_process import NEEDS_COMFYUI
+from tests.draft_process import Engine
+from tests.test_comfyui import LOADERS
 
-pytestmark = [
-    pytest.mark.comfyui,
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(not CHECKOUT, reason="no real ComfyUI given: make test-comfyui COMFYUI_DIR=..."),
-]
+pytestmark = NEEDS_COMFYUI
 SIZE, LENGTH, MOTION = 64, 17, 9
 
 
@@ -49,15 +42,16 @@ class Comfy:
         self.left = client.upload("left.png", png_of(half(left=True)))
         self.right = client.upload("right.png", png_of(half(left=False)))
 
-    def window(
+    def graph(
         self,
         name: str,
         speech: tuple[bytes, ...],
         context: int = 0,
         previous: int = 0,
         direct: bool = False,
-    ) -> np.ndarray:
-        """New frames [N, H, W, 3] of a window.
+        **changes: object,
+    ) -> Graph:
+        """The graph of a window.
 
         ``previous``: junk frames in front of 9 real motion frames; ``direct`` leaves our node out.
         """
@@ -67,6 +61,7 @@ class Comfy:
             motion = self.client.upload("motion.png", motion_frames.pack(frames))
         values: dict[str, object] = {
             "portrait": self.portrait,
+            "negative": "",
             "speech": self.client.upload("speech.wav", speech[0]),
             "motion": motion,
             "prompt": "two people talk",
@@ -78,15 +73,20 @@ class Comfy:
             "frames": uuid.uuid4().hex,
         }
         if name != "image_single":
-            values |= {"context": context, "negative": ""}
+            values["context"] = context
+        else:
+            del values["negative"]
         if name == "talk_multi":
             second = self.client.upload("second.wav", speech[1])
             values |= {"speech_2": second, "mask_1": self.left, "mask_2": self.right}
-        workflow = load(name)
-        graph = workflow.fill(values)
+        graph = load(name).fill(values | changes)
         if direct:
             leave_out_our_node(graph)
-        files = self.run(graph)[workflow.slot_node("frames")]
+        return graph
+
+    def window(self, name: str, speech: tuple[bytes, ...], **more: Any) -> np.ndarray:
+        """New frames [N, H, W, 3] of a window; arguments as for ``graph``."""
+        files = self.run(self.graph(name, speech, **more))[load(name).slot_node("frames")]
         return np.stack(
             [np.asarray(Image.open(io.BytesIO(self.client.view(file))).convert("RGB")) for file in files]
         )
@@ -138,15 +138,8 @@ def speech(seed: int, frames: int, loud: slice = slice(None)) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    env = comfyui_env(tmp_path_factory.mktemp("comfyui"))
-    return Settings.from_env({key: value for key, value in env.items() if key.startswith("INFINITETALK_")})
-
-
-@pytest.fixture(scope="module")
-def comfy(settings: Settings) -> Iterator[Comfy]:
-    with running_engine(choose_engine(settings), settings) as engine:
-        yield Comfy(ComfyClient(engine.url))
+def comfy(comfyui: Engine) -> Comfy:
+    return Comfy(ComfyClient(comfyui.url))
 
 
 def test_without_context_our_node_changes_nothing(comfy: Comfy) -> None:
@@ -192,25 +185,28 @@ def test_speech_that_is_too_short_is_said(comfy: Comfy) -> None:
 
 
 @pytest.mark.parametrize("name", ["talk_single", "talk_multi"])
-def test_a_chain_of_windows_has_the_exact_length(comfy: Comfy, tmp_path: Path, name: str) -> None:
-    """Two chained windows through the pipeline's own runner: L + (L - 9) frames."""
+def test_a_segment_has_the_exact_length_and_encodes_once(comfy: Comfy, tmp_path: Path, name: str) -> None:
+    """Two chained windows: L + (L - 9) frames; text and portrait are encoded for the first one only."""
     two = name == "talk_multi"
     frames = 2 * LENGTH - MOTION
     tracks = [tuple(speech(seed + n, LENGTH + 30) for n in (0, 1)) for seed in (1, 5)]
+    recipe = Recipe(
+        "job", load(name), f"of {name}", 7, 2, SIZE, SIZE, MOTION, f"not {name}", (("shift", 5.0),)
+    )
     task = SegmentTask(
-        Recipe("job", load(name), "a person talks", 7, 2, SIZE, SIZE, MOTION, presets=(("shift", 5.0),)),
+        recipe,
         index=1,
         frames=frames,
         windows=(LENGTH, LENGTH),
         head=frames,
         tail=0,
-        portraits=(png(0),),
+        portraits=(png(31 + two),),
         speech=tracks[0],
         context=(0, 8),
         speech_2=tracks[1] if two else (),
         masks=(png_of(half(left=True)), png_of(half(left=False))) if two else (),
     )
-    files, *_ = render_segment(
+    files, _, nodes = render_segment(
         task,
         comfy.client,
         tmp_path / "segment",
@@ -220,26 +216,26 @@ def test_a_chain_of_windows_has_the_exact_length(comfy: Comfy, tmp_path: Path, n
         silent_after=300,
     )
     assert len(read_stack(files.path("head"), frames)) == frames
+    assert nodes["CLIPTextEncode"] == NodeRuns(ran=2, cached=2)  # the prompt and the negative one
+    assert nodes["CLIPVisionEncode"] == NodeRuns(ran=1, cached=1)
+    assert nodes["LoadImage"] == NodeRuns(ran=2, cached=1)  # the portrait; the second window's motion frames
+    assert nodes["AudioEncoderEncode"] == NodeRuns(ran=4 if two else 2)
+    for kind in ("WanInfiniteTalkToVideo", "InfiniteTalkSpeech", "KSampler", "VAEDecode", "SaveImage"):
+        assert nodes[kind] == NodeRuns(ran=2), kind
 
 
-def test_two_speakers_through_the_command_line(
-    tmp_path: Path, portrait: Path, speech_of: Callable[[int], Path]
-) -> None:
-    """In turns on two renderers: as many frames as both speeches together, two segments."""
-    output = tmp_path / "talk.mp4"
-    command = [sys.executable, "-m", "infinitetalk", "render", "--image", portrait, "--audio", speech_of(90)]
-    command += ["--audio-2", speech_of(80), "--audio-order", "in_turns", "--gpus", "2", "--steps", "2"]
-    command += ["--width", "64", "--height", "64", "--json", "-o", output]
-    done = subprocess.run(
-        [str(word) for word in command],
-        cwd=ROOT,
-        env=comfyui_env(tmp_path),
-        capture_output=True,
-        text=True,
-        check=False,
+def test_a_second_jobs_prompt_finds_all_models_loaded(comfy: Comfy, comfyui: Engine) -> None:
+    """Another picture, speech, prompt and seed: the engine's own messages list every loader as cached."""
+    comfyui.run(comfy.graph("talk_single", (speech(1, LENGTH + 20),)))
+    graph = comfy.graph(
+        "talk_single", (speech(2, LENGTH + 20),), portrait=comfy.left, prompt="another one", seed=6
     )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    assert (result["engine"], result["frames"], result["segments_processed"]) == ("comfyui", 170, 2)
-    with av.open(str(output)) as container:
-        assert sum(1 for _ in container.decode(video=0)) == 170
+    messages = comfyui.run(graph)
+    [cached] = [set(m["data"]["nodes"]) for m in messages if m["type"] == "execution_cached"]
+    ran = {m["data"]["node"] for m in messages if m["type"] == "executing"} - {None}
+    loaders = {key for key, node in graph.items() if node["class_type"] in LOADERS}
+    assert len(loaders) == len(LOADERS)
+    assert loaders <= cached
+    assert ran | cached == set(graph)
+    assert not ran & cached
+    assert messages[-3]["type"] == "execution_success"

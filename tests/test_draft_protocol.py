@@ -1,5 +1,7 @@
 """The draft engine speaks ComfyUI's protocol: real processes, real sockets, the recordings as oracle.
 
+The same tests run against a real ComfyUI where one is given (``make test-comfyui``).
+
 Where ``../shared`` holds the recordings of a real ComfyUI, messages are compared with them; the essential
 sequences also stand here, so that nothing depends on the recordings being there.
 """
@@ -18,6 +20,7 @@ import websocket
 from PIL import Image
 
 from pipeline.draft.drawing import read_stamp
+from tests.comfyui_process import BOTH_ENGINES, needs_new
 from tests.draft_process import (
     CAPTURES,
     ORDER,
@@ -34,17 +37,31 @@ from tests.draft_process import (
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    """One engine, as fast as it draws, for all tests that leave it as it was."""
+def draft(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """A draft engine, as fast as it draws, for all tests that leave it as it was."""
     with draft_engine(tmp_path_factory.mktemp("draft")) as running:
         yield running
 
 
-@pytest.fixture(scope="module")
-def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    """An engine whose sampler takes 15 seconds for a window of 17 frames, if nobody interrupts it."""
+@pytest.fixture(params=BOTH_ENGINES)
+def engine(request: pytest.FixtureRequest) -> Engine:
+    """The draft engine, and a real ComfyUI where one is given."""
+    running: Engine = request.getfixturevalue(request.param)
+    return running
+
+
+@pytest.fixture(scope="module", params=BOTH_ENGINES)
+def slow(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """An engine whose sampler takes 15 seconds and more for ``LONG`` steps, if nobody interrupts it."""
+    if request.param == "comfyui":
+        yield request.getfixturevalue("comfyui")
+        return
     with draft_engine(tmp_path_factory.mktemp("slow"), "--draft-window-seconds", "63") as running:
         yield running
+
+
+LONG = 2000
+"""Steps that no engine has done when a test interrupts it."""
 
 
 def outline(messages: list[Message]) -> list[tuple[Any, ...]]:
@@ -69,7 +86,7 @@ def recorded(name: str) -> list[Message]:
 
 def test_a_prompt_sends_the_messages_of_comfyui_in_its_order(engine: Engine) -> None:
     """start, cached, per node progress_state and executing, executed for outputs, success, status, null."""
-    engine.post("/free", json={"free_memory": True})
+    engine.forget_all()
     messages = engine.run(window())
     kinds = [message["type"] for message in messages if not message["type"].startswith("progress")]
     assert kinds[:5] == ["status", "status", "status", "execution_start", "execution_cached"]
@@ -102,7 +119,7 @@ def test_a_prompt_sends_the_messages_of_comfyui_in_its_order(engine: Engine) -> 
 def test_messages_equal_the_recordings(engine: Engine, recording: str, changes: dict[str, Any]) -> None:
     """Types, nodes, states and keys, one after the other, are those that a real ComfyUI sent."""
     wanted = [line for line in outline(recorded(recording)) if line[0] != "feature_flags"]
-    engine.post("/free", json={"free_memory": True})
+    engine.forget_all()
     if recording != "ws_it_first":
         engine.run(window())  # as in the recordings: what does not depend on the seed is cached
     assert outline(engine.run(window(**changes))) == wanted
@@ -125,11 +142,30 @@ def test_an_unchanged_prompt_is_answered_from_the_cache(engine: Engine) -> None:
     assert sorted(engine.base.glob("output/it/*")) == written
 
 
+def test_the_cache_does_not_see_that_a_file_is_gone(engine: Engine) -> None:
+    """The old names come again though the files were deleted; nothing is written."""
+    graph = window()
+    engine.run(graph)
+    for path in engine.base.glob("output/it/*"):
+        path.unlink()
+    entry = engine.history(engine.run(graph)[-1]["data"]["prompt_id"])
+    assert len(entry["outputs"]["900"]["images"]) == 17
+    assert engine.get("/view", params=entry["outputs"]["900"]["images"][0]).status_code == 404
+    assert list(engine.base.glob("output/it/*")) == []
+
+
+def test_the_history_is_there_when_the_end_is_told(engine: Engine) -> None:
+    """It may come after ``execution_success``; with ``executing`` of no node it is there."""
+    graph = window()
+    for _ in range(5):
+        assert engine.history(engine.run(graph)[-1]["data"]["prompt_id"])["status"]["completed"]
+
+
 def test_free_empties_the_cache_after_the_current_prompt(engine: Engine) -> None:
     """The next prompt after POST /free has no cached node."""
     graph = window()
     engine.run(graph)
-    assert engine.post("/free", json={"unload_models": True, "free_memory": True}).text == ""
+    engine.forget_all()
     assert next(m for m in engine.run(graph) if m["type"] == "execution_cached")["data"]["nodes"] == []
     assert engine.post("/free").status_code == 500
 
@@ -150,7 +186,11 @@ def test_one_bad_output_of_two_is_dropped_silently(engine: Engine) -> None:
     [
         ({"n100_mode": None}, "TypeError", "missing 1 required positional argument: 'mode'"),
         ({"n100_mode": "choir"}, "TypeError", "missing 1 required positional argument: 'mode'"),
-        ({"n100_mode": "two_speakers"}, "KeyError", "'audio_encoder_output_2'"),
+        (
+            {"n100_mode": "two_speakers", "n100_mode.audio_encoder_output_2": ["8", 0]},
+            "ValueError",
+            "Masks must be provided if two audio encoder outputs are used.",
+        ),
         ({"n100_length": 18}, "einops.EinopsError", "can't divide axis of length 17 in chunks of 4"),
         ({"n100_start_image": None}, "UnboundLocalError", "concat_latent_image"),
         ({"n100_previous_frames": ["6", 0]}, "ValueError", "Not enough previous frames provided.\n"),
@@ -172,6 +212,12 @@ def test_what_validation_lets_pass_fails_when_it_runs(
         False,
         ["execution_error", error],
     )
+
+
+def test_two_speakers_without_a_second_speech_are_one(engine: Engine) -> None:
+    """No error: the graph's author is not told that an input is missing."""
+    kinds = [message["type"] for message in engine.run(window(n100_mode="two_speakers"))]
+    assert "execution_success" in kinds
 
 
 def test_history_holds_what_comfyuis_does(engine: Engine) -> None:
@@ -206,7 +252,7 @@ def test_history_holds_what_comfyuis_does(engine: Engine) -> None:
 def test_interrupt_stops_the_prompt_that_is_meant(slow: Engine) -> None:
     """Another prompt's id changes nothing; the right one ends in execution_interrupted between two steps."""
     listener = slow.listen("me")
-    prompt_id = slow.submit(window(n101_steps=60), client_id="me")
+    prompt_id = slow.submit(window(n101_steps=LONG), client_id="me")
     until(listener, progressing)
     slow.post("/interrupt", json={"prompt_id": str(uuid.uuid4())})
     until(listener, progressing)
@@ -223,26 +269,40 @@ def test_interrupt_stops_the_prompt_that_is_meant(slow: Engine) -> None:
 
 
 def test_the_queue_can_be_seen_ordered_and_emptied(slow: Engine) -> None:
-    """Lowest number first, deleted ones vanish, jobs are cancelled pending or running, all while drawing."""
+    """The next one first, deleted ones vanish, a running one can't be deleted; all while drawing."""
     listener = slow.listen("q")
-    running = slow.submit(window(n101_steps=60), client_id="q")
+    running = slow.submit(window(n101_steps=LONG), client_id="q")
     until(listener, progressing)
     late, front = slow.submit(window(), client_id="q"), slow.submit(window(), client_id="q", front=True)
     first = slow.submit(window(), client_id="q", number=-1000)
     queue = slow.get("/queue").json()
     assert [item[1] for item in queue["queue_running"]] == [running]
-    assert [item[1] for item in queue["queue_pending"]] == [first, front, late]
+    assert queue["queue_pending"][0][1] == first
+    assert [item[1] for item in sorted(queue["queue_pending"])] == [first, front, late]
     assert slow.get("/prompt").json() == {"exec_info": {"queue_remaining": 4}}
     assert slow.post("/queue", json={"delete": [front, running]}).status_code == 200
-    assert slow.post(f"/api/jobs/{late}/cancel").json() == {"cancelled": True}
-    assert slow.post(f"/api/jobs/{late}/cancel").json() == {"cancelled": False}
-    assert slow.get(f"/api/jobs/{late}").status_code == 404
+    assert slow.get("/prompt").json() == {"exec_info": {"queue_remaining": 3}}
     slow.post("/queue", json={"clear": True})
-    assert slow.post(f"/api/jobs/{running}/cancel").json() == {"cancelled": True}
+    slow.post("/interrupt", json={"prompt_id": running})
     until(listener, lambda m: ended(m, running))
     assert slow.get("/queue").json() == {"queue_running": [], "queue_pending": []}
     assert slow.get(f"/history/{front}").json() == {}
-    slow.post("/interrupt")
+    listener.close()
+
+
+def test_a_job_is_cancelled_by_its_id(slow: Engine) -> None:
+    """Pending or running; a second time there is nothing to cancel."""
+    needs_new(slow, "it has no such route")
+    listener = slow.listen("j")
+    running = slow.submit(window(n101_steps=LONG), client_id="j")
+    until(listener, progressing)
+    late = slow.submit(window(), client_id="j")
+    assert slow.post(f"/api/jobs/{late}/cancel").json() == {"cancelled": True}
+    assert slow.post(f"/api/jobs/{late}/cancel").json() == {"cancelled": False}
+    assert slow.get(f"/api/jobs/{late}").status_code == 404
+    assert slow.post(f"/api/jobs/{running}/cancel").json() == {"cancelled": True}
+    until(listener, lambda m: ended(m, running))
+    assert slow.get("/queue").json() == {"queue_running": [], "queue_pending": []}
     listener.close()
 
 
@@ -250,7 +310,7 @@ def test_a_reconnected_client_is_told_where_its_prompt_stands(slow: Engine) -> N
     """status, then executing without a prompt id, then the stream goes on."""
     slow.post("/interrupt")
     listener = slow.listen("back")
-    prompt_id = slow.submit(window(n101_steps=60), client_id="back")
+    prompt_id = slow.submit(window(n101_steps=LONG), client_id="back")
     until(listener, progressing)
     listener.close()
     listener = slow.listen("back")
@@ -306,7 +366,7 @@ def test_feature_flags_are_answered(engine: Engine) -> None:
     listener.close()
 
 
-def test_the_production_workflow_renders_a_chain_on_the_draft(engine: Engine) -> None:
+def test_the_production_workflow_renders_a_chain_on_the_draft(draft: Engine) -> None:
     """The first window is the portrait onward; the second goes on from a TIFF of the last nine frames."""
     graph = json.loads((ROOT / "workflows" / "image_single.json").read_text())
     by_kind = {node["class_type"]: node["inputs"] for node in graph.values()}
@@ -320,12 +380,12 @@ def test_the_production_workflow_renders_a_chain_on_the_draft(engine: Engine) ->
     del talk["inputs"]["previous_frames"]
     stamps = []
     for part, count in ((first, 17), (chained, 8)):
-        entry = engine.history(engine.run(part)[-1]["data"]["prompt_id"])
+        entry = draft.history(draft.run(part)[-1]["data"]["prompt_id"])
         (images,) = (output["images"] for output in entry["outputs"].values())
-        pages = [Image.open(io.BytesIO(engine.get("/view", params=image).content)) for image in images]
+        pages = [Image.open(io.BytesIO(draft.get("/view", params=image).content)) for image in images]
         assert len(pages) == count
         pages[-9:][0].save(
-            engine.base / "input" / "motion.tif",
+            draft.base / "input" / "motion.tif",
             save_all=True,
             append_images=pages[-8:],
             compression="tiff_deflate",

@@ -1,4 +1,7 @@
-"""The draft engine's routes: what it refuses and how, files up and down, schemas, all as in ComfyUI."""
+"""The draft engine's routes: what it refuses and how, files up and down, schemas, all as in ComfyUI.
+
+The same tests run against a real ComfyUI where one is given (``make test-comfyui``).
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import Any
 import pytest
 import requests
 
+from tests.comfyui_process import BOTH_ENGINES, needs_new
 from tests.draft_process import (
     CAPTURES,
     ROOT,
@@ -21,10 +25,17 @@ from tests.draft_process import (
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    """One engine, as fast as it draws, for all tests that leave it as it was."""
+def draft(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """A draft engine, as fast as it draws, for all tests that leave it as it was."""
     with draft_engine(tmp_path_factory.mktemp("draft")) as running:
         yield running
+
+
+@pytest.fixture(params=BOTH_ENGINES)
+def engine(request: pytest.FixtureRequest) -> Engine:
+    """The draft engine, and a real ComfyUI where one is given."""
+    running: Engine = request.getfixturevalue(request.param)
+    return running
 
 
 BAD = [
@@ -122,6 +133,10 @@ def test_a_request_that_is_no_prompt_is_refused(
     engine: Engine, recording: str, body: dict[str, Any], kind: str
 ) -> None:
     """400 without node errors."""
+    if kind == "missing_node_type":
+        needs_new(engine, "it says 'invalid_prompt', and names the node in the words only")
+    if kind == "invalid_prompt_id":
+        needs_new(engine, "it takes any string as a prompt id")
     reply = engine.post("/prompt", json=body)
     assert (reply.status_code, reply.json()["error"]["type"], reply.json()["node_errors"]) == (400, kind, {})
     if (CAPTURES / f"{recording}.json").is_file():
@@ -195,6 +210,7 @@ def test_files_are_served_with_ranges_and_guarded(engine: Engine) -> None:
 
 def test_node_schemas_are_those_of_comfyui(engine: Engine) -> None:
     """Inputs, their types and ranges, outputs: as recorded; an unknown node is {} with 200."""
+    needs_new(engine, "some nodes have fewer inputs and outputs, and other ranges")
     reply = engine.get("/object_info/NoSuchNode")
     assert (reply.status_code, reply.json()) == (200, {})
     known = engine.get("/object_info").json()
@@ -225,13 +241,13 @@ def simplified(schema: dict[str, Any]) -> dict[str, Any]:
             inputs[name] = section, "files" if files and name != "sampler_name" else kind, extra
     return {
         "inputs": inputs,
-        **{key: schema[key] for key in ("output", "output_node", "name", "category", "python_module")},
+        **{key: schema[key] for key in ("output", "output_node", "name", "python_module")},
     }
 
 
-def test_system_stats_name_the_draft(engine: Engine) -> None:
+def test_system_stats_name_the_draft(draft: Engine) -> None:
     """The keys of a ComfyUI; the device says that it is a preview."""
-    stats = engine.get("/system_stats").json()
+    stats = draft.get("/system_stats").json()
     assert stats["system"]["comfyui_version"] == "0.33.0"
     assert "draft engine" in stats["devices"][0]["name"]
     if (CAPTURES / "system_stats.json").is_file():

@@ -306,12 +306,14 @@ def _speakers(mode: str, inputs: Inputs) -> tuple[list[NDArray[np.float32]], lis
     first = inputs["audio_encoder_output_1"]
     if mode == "single_speaker":
         return [first], []
-    extras: list[Any] = []
-    for key in ("audio_encoder_output_2", "mask_1", "mask_2"):
-        if f"mode.{key}" not in inputs:
-            raise NodeError("KeyError", repr(key))
-        extras.append(inputs[f"mode.{key}"])
-    second, *masks = extras
+    second = inputs.get("mode.audio_encoder_output_2")
+    masks = [mask for key in ("mask_1", "mask_2") if (mask := inputs.get(f"mode.{key}")) is not None]
+    if second is not None and len(masks) < 2:
+        raise NodeError("ValueError", "Masks must be provided if two audio encoder outputs are used.")
+    if second is None and len(masks) == 2:
+        raise NodeError("ValueError", "Second audio encoder output must be provided if two masks are used.")
+    if second is None:
+        return [first], []  # ComfyUI takes it for one speaker, without a word
     return [first, np.concatenate([np.zeros(len(first), np.float32), second])], masks
 
 

@@ -107,9 +107,9 @@ class PromptQueue:
             self._changed(self.remaining)
 
     def snapshot(self) -> tuple[list[Item], list[Item]]:
-        """Running and pending prompts, the latter in order of execution."""
+        """Running and pending prompts, the latter with the next one first, as ComfyUI shows its heap."""
         with self._lock:
-            return [self._running] if self._running else [], [entry[2] for entry in sorted(self._pending)]
+            return [self._running] if self._running else [], [entry[2] for entry in self._pending]
 
     def delete(self, prompt_id: str) -> bool:
         """Drop one pending prompt of this id; a running one is left alone."""
