@@ -11,7 +11,14 @@ import json
 import sys
 from collections.abc import Sequence
 
-from actors import command_comfyui, command_doctor, command_models, command_render, command_seams
+from actors import (
+    command_comfyui,
+    command_doctor,
+    command_models,
+    command_redo,
+    command_render,
+    command_seams,
+)
 from pipeline.errors import (
     ConfigurationError,
     InvalidRequest,
@@ -30,7 +37,7 @@ EXIT_CODES: dict[type[PipelineError], int] = {
     JobCancelled: EXIT_CANCELLED,
     PipelineError: EXIT_FAILED,
 }
-COMMANDS = (command_render, command_seams, command_doctor, command_models, command_comfyui)
+COMMANDS = (command_render, command_seams, command_redo, command_doctor, command_models, command_comfyui)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
