@@ -15,7 +15,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import InvalidRequest
-from pipeline.plan import MAX_WINDOWS, MIN_OVERLAP, Plan, calculate_segments, latents, naive_segments
+from pipeline.pauses import CHANGE
+from pipeline.plan import (
+    MAX_WINDOWS,
+    MIN_OVERLAP,
+    WARM_UP,
+    Plan,
+    calculate_segments,
+    latents,
+    naive_segments,
+)
 
 EXAMPLES = settings(derandomize=True, deadline=None, database=None, max_examples=400)
 
@@ -44,6 +53,18 @@ def check(plan: Plan, overlap: int, cap: int) -> None:
             assert s.windows[-1] > plan.motion
         if not plan.partial_windows:
             assert s.windows[-1] == plan.window
+
+
+def hidden(plan: Plan, pauses: list[tuple[int, int]]) -> int:
+    """Overlaps that have a pause for a seam, behind the frames of warm-up."""
+    quiet = {t for first, stop in pauses for t in range(first, stop)}
+    return sum(
+        any(
+            quiet.issuperset(range(t, t + CHANGE))
+            for t in range(right.start + WARM_UP, left.stop - CHANGE + 1)
+        )
+        for left, right in pairwise(plan.segments)
+    )
 
 
 def surplus(plan: Plan) -> int:
@@ -290,8 +311,34 @@ def test_every_plan_keeps_the_rules(
         frames, len(speeds), speeds=speeds, max_windows=cap, partial_windows=partial, **wish
     )
     check(plan, overlap, cap)
+    # With pauses: the same windows in the same time, the same rules, and never fewer seams in a pause.
+    pauses = [(t, t + 6) for t in range(17, frames, 61)]
+    moved = calculate_segments(
+        frames,
+        len(speeds),
+        speeds=speeds,
+        max_windows=cap,
+        partial_windows=partial,
+        pauses=pauses,
+        **wish,
+    )
+    check(moved, overlap, cap)
+    assert [(s.windows, s.gpu) for s in moved.segments] == [(s.windows, s.gpu) for s in plan.segments]
+    assert moved.makespan(speeds) == plan.makespan(speeds)
+    assert hidden(moved, pauses) >= hidden(plan, pauses)
     # A split job renders whole windows first, so a segment of one window can't give frames back.
     assert surplus(plan) < (4 if partial and len(plan.segments[-1].windows) > 1 else 72) or frames <= 81
+
+
+def test_spare_frames_move_seams_into_pauses() -> None:
+    """Pauses where no even overlap lies are reached with the same windows: 1000 frames, whole windows, 8 GPUs."""
+    shape: dict[str, Any] = {"total_frames": 1000, "gpu_count": 8, "partial_windows": False}
+    even = calculate_segments(**shape)
+    pauses = [(s.stop + 3, s.stop + 9) for s in even.segments[:-1:2]]
+    moved = calculate_segments(**shape, pauses=pauses)
+    check(moved, MIN_OVERLAP, MAX_WINDOWS)
+    assert (hidden(even, pauses), hidden(moved, pauses)) == (0, 4)
+    assert [s.windows for s in moved.segments] == [s.windows for s in even.segments]
 
 
 @EXAMPLES
