@@ -1,9 +1,11 @@
-"""Colours of one long chain against those of segments joined, in a model of a drift: ``python -m bench.drift``.
+"""Colours of one long chain against those of joined segments, in a model of a drift.
+
+``python -m bench.drift [--plot FILE]``
 
 The model: the draft engine's drawing gets 0.005 levels warmer with each frame of a chain (red up, blue down),
 window after window, and a new chain starts from the reference picture.  That InfiniteTalk drifts after about
 a minute is its authors' word; how fast was not measured.  Segments and seams are the planner's and ours.
-``--plot FILE`` draws the red channel's distance from the reference.
+The plot shows the red channel's distance from the reference.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ def joined(segments: tuple[Segment, ...], drift: float = DRIFT) -> Iterator[np.n
 
 
 def colours(frames: Iterator[np.ndarray]) -> np.ndarray:
-    """Distance of red and blue from the first frame, levels of 255: [frames, 2], over the picture's edge rows."""
+    """How far red and blue are from the first frame, levels of 255: [frames, 2]; of the lowest rows."""
     levels = np.array([frame[-8:, :, ::2].reshape(-1, 2).mean(axis=0) for frame in frames])
     return np.asarray(levels - levels[0])
 

@@ -331,7 +331,7 @@ def test_every_plan_keeps_the_rules(
 
 
 def test_spare_frames_move_seams_into_pauses() -> None:
-    """Pauses where no even overlap lies are reached with the same windows: 1000 frames, whole windows, 8 GPUs."""
+    """Pauses where no even overlap lies are reached with the same windows (1000 frames, 8 GPUs)."""
     shape: dict[str, Any] = {"total_frames": 1000, "gpu_count": 8, "partial_windows": False}
     even = calculate_segments(**shape)
     pauses = [(s.stop + 3, s.stop + 9) for s in even.segments[:-1:2]]
