@@ -40,7 +40,7 @@ HEAD = (
     "alone",
     "sharpness",
     "aSSIM",
-    "colour step",
+    "colour: all / mid",
     "frames",
     "goals missed",
 )
