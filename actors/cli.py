@@ -12,7 +12,14 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from actors import command_comfyui, command_doctor, command_models, command_render, command_seams
+from actors import (
+    command_comfyui,
+    command_doctor,
+    command_models,
+    command_redo,
+    command_render,
+    command_seams,
+)
 from pipeline.errors import (
     ConfigurationError,
     InvalidRequest,
@@ -31,7 +38,7 @@ EXIT_CODES: dict[type[PipelineError], int] = {
     JobCancelled: EXIT_CANCELLED,
     PipelineError: EXIT_FAILED,
 }
-COMMANDS = (command_render, command_seams, command_doctor, command_models, command_comfyui)
+COMMANDS = (command_render, command_seams, command_redo, command_doctor, command_models, command_comfyui)
 
 
 def main(arguments: Sequence[str] | None = None, more: Sequence[Any] = ()) -> int:

@@ -97,7 +97,7 @@ def add_command(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Render; raises ``PipelineError``, ``JobCancelled`` for Ctrl-C and SIGTERM."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+        signal.signal(number, interrupt)
     with progress_display(options.quiet) as on_progress:
         try:
             request = RenderRequest.checked(
@@ -153,7 +153,7 @@ def _box(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.strip("[]").split(","))
 
 
-def _interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
+def interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
     """Cancel, once: stopping the engines takes some seconds, and a second signal would leave it half done."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

@@ -20,6 +20,7 @@ from pipeline.engine import choose_engine, engine_kind
 from pipeline.errors import ConfigurationError, InvalidRequest, JobCancelled, PipelineError, StorageError
 from pipeline.job import JobDirectory, job_id, storage_errors
 from pipeline.plan import Plan
+from pipeline.redo import Redone, Side, redo
 from pipeline.render import OnProgress, render_video
 from pipeline.request import RenderRequest
 from pipeline.result import RenderResult
@@ -107,6 +108,57 @@ def render(
     if job_dir is None:
         job.remove()
     return result
+
+
+def redo_part(
+    job_dir: Path,
+    settings: Settings,
+    *,
+    seam: int | None = None,
+    side: Side | None = None,
+    segment: int | None = None,
+    seed: int | None = None,
+    pool: RendererPool | None = None,
+    on_progress: OnProgress,
+) -> Redone:
+    """Render one segment of the finished job in ``job_dir`` again on one GPU: ``pipeline.redo`` says how.
+
+    Raises ``InvalidRequest`` where the job was made with another engine or workflow, ``PipelineError``;
+    a KeyboardInterrupt becomes ``JobCancelled``, and the job is as it was.
+    """
+    engine = engine_kind(settings)
+    if settings.ray_address == "local":
+        choose_engine(settings)
+    request = JobDirectory(job_dir.resolve()).kept_request()
+    workflow = choose_workflow(request, settings)
+    name = job_id(request, _engine_mark(settings), workflow.text)
+    try:
+        known = (job_dir / "id").read_text().strip()
+    except OSError as error:
+        raise InvalidRequest("job", f"{job_dir} holds no job that was kept with --job-dir") from error
+    if known != name:
+        raise InvalidRequest(
+            "job", f"{job_dir} was rendered with another engine, or another version of its workflow"
+        )
+
+    def renderers() -> AbstractContextManager[Renderers]:
+        return nullcontext(pool) if pool is not None else renderer_pool(settings, 1)
+
+    try:
+        return redo(
+            JobDirectory(job_dir.resolve(), name),
+            engine,
+            workflow,
+            renderers,
+            seam=seam,
+            side=side,
+            segment=segment,
+            seed=seed,
+            max_attempts=settings.max_attempts,
+            on_progress=on_progress,
+        )
+    except KeyboardInterrupt:
+        raise JobCancelled(name) from None
 
 
 def choose_workflow(request: RenderRequest, settings: Settings) -> Workflow:

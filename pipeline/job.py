@@ -6,6 +6,8 @@
     inputs/speech*.wav      what the model hears of each speaker: 16 kHz mono, normalised
     plan.json               how the job was cut; a resumed job goes by it
     segments/0003/          a finished segment; a folder that exists is complete
+    segments/0003-1/        another take of it (``redo``)
+    segments/takes.json     which take of a segment counts, where it is not the first
     result.json             the end
 
 Files appear under their names only when they are whole.  Nobody else joins paths.
@@ -67,8 +69,43 @@ class JobDirectory:
         return self.path / "work"
 
     def segment(self, index: int) -> Path:
-        """The folder of a finished segment."""
-        return self.path / "segments" / f"{index:04d}"
+        """The folder of a finished segment: of the take that counts."""
+        return self.take(index, self.takes().get(index, 0))
+
+    def take(self, index: int, number: int) -> Path:
+        """The folder of one take of a segment; 0 is the first."""
+        return self.path / "segments" / (f"{index:04d}-{number}" if number else f"{index:04d}")
+
+    def takes(self) -> dict[int, int]:
+        """The take that counts, of segments that were rendered anew.  Raises ``InvalidRequest``."""
+        try:
+            known = json.loads((self.path / "segments" / "takes.json").read_text())
+            return {int(index): int(number) for index, number in known.items()}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, AttributeError) as error:
+            raise InvalidRequest("job", f"{self.path}/segments/takes.json is damaged ({error})") from error
+
+    def choose_take(self, index: int, number: int) -> None:
+        """From now on this take counts; atomic."""
+        chosen = {str(key): value for key, value in sorted({**self.takes(), index: number}.items())}
+        self.write_json(self.path / "segments" / "takes.json", chosen)
+
+    def kept_request(self) -> RenderRequest:
+        """What was asked for, with the job's own copies of the files.  Raises ``InvalidRequest``."""
+        try:
+            fields = json.loads((self.path / "request.json").read_text())
+        except (OSError, ValueError) as error:
+            raise InvalidRequest("job", f"{self.path} holds no job that was kept") from error
+        request = RenderRequest.checked(**fields)
+        kinds = {"image": "picture", "video": "picture", "audio": "sound", "audio_2": "sound_2"}
+        copies = {
+            name: self.source(kinds.get(name, name), original) for name, original in request.files.items()
+        }
+        for name, copy in copies.items():
+            if not copy.is_file():
+                raise InvalidRequest("job", f"{self.path} has lost its copy of {name}, {copy.name}")
+        return request.model_copy(update=copies)
 
     def source(self, kind: str, original: Path) -> Path:
         """The job's own copy of a caller's file; the suffix stays for the decoders."""

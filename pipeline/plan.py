@@ -10,7 +10,8 @@ A segment is one chain.  ``n`` segments with overlaps of at least ``O`` cover ``
 ``sum(length - O) >= N - O`` and none that has two neighbours is shorter than ``2 O`` (three segments never
 share a frame).  What a GPU gains at most in a given time is a closed form (``_Rules.gains``), so the least
 makespan is found by bisection, exactly.  Then come, in this order: the fewest segments, the widest overlap,
-no window that nobody needs, and what slack remains goes evenly to the overlaps.
+no window that nobody needs, and what slack remains goes to the overlaps: evenly, or so that seams fall into
+``pauses`` of the speech.
 
 As ``O >= F``, one chain is never dearer than two on the same GPU; still no chain has more than
 ``max_windows`` windows, because InfiniteTalk's colours shift after about a minute.
@@ -28,6 +29,7 @@ from itertools import pairwise
 from typing import Any
 
 from pipeline.errors import InvalidRequest
+from pipeline.pauses import Ranges, place_overlaps
 
 WINDOW = 81
 """Frames of a window that InfiniteTalk was trained at."""
@@ -35,8 +37,11 @@ WINDOW = 81
 MOTION = 9
 """Frames that a window takes over from the one before it."""
 
-MIN_OVERLAP = 26
-"""Frames: 12 of warm-up, which are dropped, and 14 to morph in."""
+WARM_UP = 12
+"""Frames at a segment's start that still leave the reference picture; the earlier segment shows them."""
+
+MIN_OVERLAP = WARM_UP + 14
+"""Frames: those of warm-up, which are dropped, and 14 to morph in."""
 
 MAX_WINDOWS = 20
 """Windows of one chain, 58 seconds: InfiniteTalk holds its colours for about a minute."""
@@ -129,6 +134,7 @@ def calculate_segments(
     max_windows: int = MAX_WINDOWS,
     partial_windows: bool = True,
     use_multi_gpu: bool = True,
+    pauses: Ranges = (),
 ) -> Plan:
     """The fastest plan for ``total_frames`` on ``gpu_count`` GPUs, with the fewest segments that are as fast.
 
@@ -136,6 +142,7 @@ def calculate_segments(
     frames and are as wide as they can be for the same makespan; ``overlap_frames`` is a minimum that no
     window is rendered to widen.  A job of less than 100 frames goes to the fastest GPU, without
     ``use_multi_gpu`` every job to GPU 0; more than ``max_windows`` windows are several segments there, too.
+    ``pauses`` of the speech move the overlaps, and change neither windows nor makespan.
     Raises ``InvalidRequest``.
     """
     _check(total_frames, gpu_count, window, motion)
@@ -168,7 +175,7 @@ def calculate_segments(
         chains = _fewest_chains(rules, integers, units, total_frames - overlap)
         if soft and len(chains) > 1:
             overlap = _widest(chains, total_frames, rules)
-        segments = _place(chains, overlap, total_frames, rules)
+        segments = _place(chains, overlap, total_frames, rules, pauses)
     return Plan(total_frames, segments, window, motion, partial_windows)
 
 
@@ -294,7 +301,9 @@ def _widest(chains: list[_Chain], total_frames: int, rules: _Rules) -> int:
     return min(rules.window - 1, share, *(length // 2 for length in lengths[2:3]))
 
 
-def _place(chains: list[_Chain], overlap: int, total_frames: int, rules: _Rules) -> tuple[Segment, ...]:
+def _place(
+    chains: list[_Chain], overlap: int, total_frames: int, rules: _Rules, pauses: Ranges
+) -> tuple[Segment, ...]:
     """Orders the chains, gives back what they don't need, and spreads the rest over the seams."""
     short = [chain for chain in chains if _length(chain[1], rules.motion) < 2 * overlap]
     chains = short[:1] + [chain for chain in chains if chain not in short] + short[1:]
@@ -317,6 +326,9 @@ def _place(chains: list[_Chain], overlap: int, total_frames: int, rules: _Rules)
                 overlaps[i] += 1
                 slack -= 1
 
+    overlaps = place_overlaps(
+        lengths, overlaps, total_frames, rules.overlap, rules.window - 1, WARM_UP, pauses
+    )
     segments: list[Segment] = []
     start = 0
     for (lane, windows), length, shared in zip(chains, lengths, [*overlaps, 0], strict=True):

@@ -28,6 +28,7 @@ from pipeline.progress import JobProgress, SegmentState
 from pipeline.request import RenderRequest
 from pipeline.result import RenderResult
 from pipeline.segment_files import SegmentFiles
+from pipeline.speech import find_pauses
 from pipeline.stitch import stitch
 from pipeline.workflow import Workflow
 
@@ -153,6 +154,7 @@ def _plan(
         lanes,
         overlap_frames=request.overlap_frames,
         use_multi_gpu=request.use_multi_gpu,
+        pauses=find_pauses([track.path for track in prepared.speech], prepared.total_frames),
     )
 
 

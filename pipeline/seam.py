@@ -17,13 +17,11 @@ from pipeline import seam_metrics
 from pipeline.colours import Colours, Pair, Stack
 from pipeline.frames import Frame
 from pipeline.morph import TRUST, Morph, mixed, plan_way
+from pipeline.plan import WARM_UP as WARM_UP
 from pipeline.timeline import FPS
 
 Method = Literal["morph", "crossfade", "cut"]
 """How seams are made: ``SeamReport.method`` says what was done, which may be less."""
-
-WARM_UP = 12
-"""Frames at a segment's start that still leave the reference picture; the earlier segment shows them."""
 
 CROSSFADE = 8
 """Frames of the fallback: a longer crossfade shows two faces for longer."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import Protocol
 
 import cv2
 import numpy as np
@@ -153,6 +154,31 @@ def _colour_change(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> fl
     changes = np.sort(b - a, axis=0)
     middle = changes[len(changes) // 4 : max(len(changes) * 3 // 4, len(changes) // 4 + 1)]
     return float(np.abs(middle.mean(0)).max())
+
+
+class Judged(Protocol):
+    """What a verdict is about; ``seam.SeamReport`` is one."""
+
+    @property
+    def jump(self) -> float: ...
+    @property
+    def natural(self) -> float: ...
+    @property
+    def ghosting(self) -> float: ...
+    @property
+    def sharpness(self) -> float: ...
+    @property
+    def colour_step(self) -> float: ...
+
+
+def excess(seam: Judged) -> float:
+    """The measure of a verdict that is nearest to its limit, or farthest beyond: 1 or less is ``good``."""
+    return max(
+        seam.jump / max(seam.natural, 1.0) / GOOD["jump"],
+        (1 - seam.ghosting) / (1 - GOOD["ghosting"]),
+        (1 - seam.sharpness) / (1 - GOOD["sharpness"]),
+        seam.colour_step / GOOD["colour_step"],
+    )
 
 
 def verdict(jump: float, ghosting: float, sharpness: float, colour_step: float) -> str:

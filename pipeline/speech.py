@@ -10,7 +10,7 @@ import io
 import math
 import tempfile
 import wave
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -38,6 +38,11 @@ SILENCE_DBFS = -60.0
 GATE_DBFS = -50.0
 """A cut in which no frame is louder (RMS) holds nobody's speech and becomes digital silence: wav2vec2
 normalises over time and would blow the noise of the room up to the level of speech.  27 dB below speech."""
+
+PAUSE_DBFS = -45.0
+"""A frame that is no louder (RMS, of speech at -23 LUFS) is part of a pause."""
+SHORTEST_PAUSE = 3
+"""Frames."""
 
 TAIL_SAMPLES = 80
 """A window of N frames needs 640 N + 80 samples: wav2vec2's receptive field costs a frame otherwise."""
@@ -118,6 +123,29 @@ def frame_levels(speech: Path, first_frame: int, frames: int) -> list[float]:
     padded = content.ljust(2 * frames * SAMPLES_PER_FRAME, b"\0")
     levels = np.frombuffer(padded, "<i2").reshape(frames, -1).astype(np.float32) / 32_768
     return [max(-100.0, 10 * math.log10(float(np.square(part).mean()) + 1e-12)) for part in levels]
+
+
+def find_pauses(speech: Sequence[Path], frames: int) -> list[tuple[int, int]]:
+    """Frames ``[first, stop)`` in which nobody speaks, of 3 frames or more, in the first ``frames``.
+
+    ``speech``: the speakers' prepared tracks.  Raises ``StorageError`` where one can't be read.
+    """
+    pauses: list[tuple[int, int]] = []
+    began = 0
+    try:
+        for start in range(0, frames, _CHUNK):
+            count = min(_CHUNK, frames - start)
+            levels = [
+                max(frame) for frame in zip(*(frame_levels(s, start, count) for s in speech), strict=True)
+            ]
+            for t, level in enumerate(levels, start):
+                if level > PAUSE_DBFS:
+                    if t - began >= SHORTEST_PAUSE:
+                        pauses.append((began, t))
+                    began = t + 1
+    except OSError as error:
+        raise StorageError(str(speech[0]), error.strerror or str(error)) from error
+    return [*pauses, (began, frames)] if frames - began >= SHORTEST_PAUSE else pauses
 
 
 def _gated(content: bytes) -> bytes:

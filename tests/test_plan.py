@@ -15,7 +15,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import InvalidRequest
-from pipeline.plan import MAX_WINDOWS, MIN_OVERLAP, Plan, calculate_segments, latents, naive_segments
+from pipeline.pauses import CHANGE, Pauses, place_overlaps
+from pipeline.plan import (
+    MAX_WINDOWS,
+    MIN_OVERLAP,
+    WARM_UP,
+    Plan,
+    calculate_segments,
+    latents,
+    naive_segments,
+)
 
 EXAMPLES = settings(derandomize=True, deadline=None, database=None, max_examples=400)
 
@@ -44,6 +53,18 @@ def check(plan: Plan, overlap: int, cap: int) -> None:
             assert s.windows[-1] > plan.motion
         if not plan.partial_windows:
             assert s.windows[-1] == plan.window
+
+
+def hidden(plan: Plan, pauses: list[tuple[int, int]]) -> int:
+    """Overlaps that have a pause for a seam, behind the frames of warm-up."""
+    quiet = {t for first, stop in pauses for t in range(first, stop)}
+    return sum(
+        any(
+            quiet.issuperset(range(t, t + CHANGE))
+            for t in range(right.start + WARM_UP, left.stop - CHANGE + 1)
+        )
+        for left, right in pairwise(plan.segments)
+    )
 
 
 def surplus(plan: Plan) -> int:
@@ -290,8 +311,50 @@ def test_every_plan_keeps_the_rules(
         frames, len(speeds), speeds=speeds, max_windows=cap, partial_windows=partial, **wish
     )
     check(plan, overlap, cap)
+    # With pauses: the same windows in the same time, the same rules, and never fewer seams in a pause.
+    pauses = [(t, t + 6) for t in range(17, frames, 61)]
+    moved = calculate_segments(
+        frames,
+        len(speeds),
+        speeds=speeds,
+        max_windows=cap,
+        partial_windows=partial,
+        pauses=pauses,
+        **wish,
+    )
+    check(moved, overlap, cap)
+    assert [(s.windows, s.gpu) for s in moved.segments] == [(s.windows, s.gpu) for s in plan.segments]
+    assert moved.makespan(speeds) == plan.makespan(speeds)
+    assert hidden(moved, pauses) >= hidden(plan, pauses)
     # A split job renders whole windows first, so a segment of one window can't give frames back.
     assert surplus(plan) < (4 if partial and len(plan.segments[-1].windows) > 1 else 72) or frames <= 81
+
+
+@settings(EXAMPLES, max_examples=60)
+@given(
+    frames=st.integers(330, 441),
+    starts=st.lists(st.integers(60, 400), min_size=1, max_size=4, unique=True),
+    least=st.integers(9, 26),
+)
+def test_no_other_overlaps_have_more_pauses(frames: int, starts: list[int], least: int) -> None:
+    """Three chains of two windows, against every way to share their spare frames out."""
+    lengths = (153, 153, 153)
+    spare = sum(lengths) - frames
+    if spare < 2 * least:
+        return
+    even = [min(spare // 2, 76), min(spare - spare // 2, 76)]
+    pauses = [(start, start + 6) for start in starts]
+    quiet = Pauses(pauses, frames)
+
+    def count(first: int, second: int) -> int:
+        ends = (153, 306 - first)
+        spans = [(end - o + WARM_UP, end) for end, o in zip(ends, (first, second), strict=True)]
+        return sum(quiet.within(*span) >= CHANGE for span in spans)
+
+    found = place_overlaps(lengths, even, frames, least, 80, WARM_UP, pauses)
+    assert sum(found) <= spare
+    every = [(a, b) for a, b in product(range(least, 77), repeat=2) if a + b <= spare]
+    assert count(*found) == max(count(*both) for both in every)
 
 
 @EXAMPLES

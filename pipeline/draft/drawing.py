@@ -179,6 +179,8 @@ class Window:
     length: int
     seed: int
     motion: NDArray[np.uint8] | None = None
+    drift: float = 0.0
+    """How much warmer a chain gets from frame to frame, in levels of 255; a new chain starts without any."""
 
 
 def draw_window(window: Window) -> Iterator[Frame]:
@@ -199,7 +201,7 @@ def draw_window(window: Window) -> Iterator[Frame]:
             state = _next_state(state, window.seed, window.puppet.reach)
         openings = _openings(window, position, state.frame)
         state = replace(state, opening=max(openings)).rounded()
-        frame = window.puppet.draw(state, openings)
+        frame = _warmer(window.puppet.draw(state, openings), window.drift * state.frame)
         share = 1 - (position - index + 1) / BLEND_FRAMES
         if leftover is not None and share > 0:
             frame = np.clip(frame + np.rint(leftover * _ease(share)), 0, 255).astype(np.uint8)
@@ -213,8 +215,16 @@ def _taken_over(window: Window, last: Frame, index: int) -> tuple[Stamp, Floats 
     if stamp is None:
         return Stamp(frame=max(index - 1, 0)), None
     again = window.puppet.draw(stamp, _openings(window, index - 1, stamp.frame, stamp.opening))
+    again = _warmer(again, window.drift * stamp.frame)
     leftover = last.astype(np.float32) - again.astype(np.float32)
     return stamp, leftover if np.abs(leftover).max() > 1 else None  # 1: the stamp's own bits
+
+
+def _warmer(frame: Frame, levels: float) -> Frame:
+    """More red and less blue: a stand-in for the colours of a long chain, which shift after a minute."""
+    if not levels:
+        return frame
+    return np.clip(np.rint(frame + np.array([levels, 0, -levels], np.float32)), 0, 255).astype(np.uint8)
 
 
 def _openings(window: Window, position: int, frame: int, known: float | None = None) -> list[float]:
