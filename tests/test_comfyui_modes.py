@@ -25,12 +25,13 @@ from pipeline.comfy_client import ComfyClient
 from pipeline.engine import choose_engine, running_engine
 from pipeline.errors import GraphError
 from pipeline.frames import read_stack
-from pipeline.messages import Recipe, SegmentTask
+from pipeline.messages import Recipe, SegmentTask, WindowCheckpoint
 from pipeline.segment import render_segment
 from pipeline.settings import Settings
 from pipeline.workflow import Graph, load
 from tests.conftest import ROOT
 from tests.test_comfyui import CHECKOUT, comfyui_env
+from tests.test_segment import joined
 
 pytestmark = [
     pytest.mark.comfyui,
@@ -210,15 +211,18 @@ def test_a_chain_of_windows_has_the_exact_length(comfy: Comfy, tmp_path: Path, n
         speech_2=tracks[1] if two else (),
         masks=(png_of(half(left=True)), png_of(half(left=False))) if two else (),
     )
-    files, *_ = render_segment(
+    windows: list[WindowCheckpoint] = []
+    render_segment(
         task,
         comfy.client,
-        tmp_path / "segment",
+        tmp_path / "window",
         report=lambda _: None,
         discard=lambda _: None,
         cancelled=threading.Event(),
         silent_after=300,
+        keep=windows.append,
     )
+    files = joined(windows, tmp_path / "segment")
     assert len(read_stack(files.path("head"), frames)) == frames
 
 

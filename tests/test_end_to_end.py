@@ -239,7 +239,7 @@ def test_a_signal_cancels_and_the_same_command_goes_on(
     first.process.send_signal(signal.SIGINT)  # impatience changes nothing
     assert first.finish(30) == 130
     assert first.result["error"] == "JobCancelled"
-    assert "finished segments are kept" in first.log
+    assert "what is finished is kept" in first.log
     assert "Traceback" not in first.log
     assert wait_gone(pids, 10) == []
     assert not output.exists()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import threading
 import wave
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,9 @@ from pipeline.draft.stamp import read_stamp
 from pipeline.engine import RunningEngine, choose_engine, discard_outputs, running_engine
 from pipeline.errors import GraphError, JobCancelled
 from pipeline.frames import read_stack
-from pipeline.messages import Recipe, SegmentProgress, SegmentTask
+from pipeline.messages import Recipe, SegmentProgress, SegmentTask, WindowCheckpoint
 from pipeline.segment import render_segment
+from pipeline.segment_files import SegmentFiles, join_windows
 from pipeline.settings import Settings
 from pipeline.workflow import load
 
@@ -70,9 +71,16 @@ def task_of(portrait: Path, **changes: object) -> SegmentTask:
     return SegmentTask(**fields)  # type: ignore[arg-type]
 
 
+def joined(windows: Sequence[WindowCheckpoint], folder: Path) -> SegmentFiles:
+    """The segment that these windows make in ``folder``."""
+    parts = [SegmentFiles.store(folder / f"window-{w.window}", w.files) for w in windows]
+    return join_windows(parts, folder / "whole", folder)
+
+
 def run(engine: RunningEngine, task: SegmentTask, folder: Path) -> tuple[np.ndarray, list[SegmentProgress]]:
     seen: list[SegmentProgress] = []
-    files, seconds, nodes = render_segment(
+    windows: list[WindowCheckpoint] = []
+    seconds, nodes = render_segment(
         task,
         ComfyClient(engine.url),
         folder / "segment",
@@ -80,7 +88,9 @@ def run(engine: RunningEngine, task: SegmentTask, folder: Path) -> tuple[np.ndar
         discard=lambda fetched: discard_outputs(engine, fetched),
         cancelled=threading.Event(),
         silent_after=20,
+        keep=windows.append,
     )
+    assert not (folder / "segment").exists()
     assert len(seconds) == len(task.windows)
     sampler = nodes["KSampler"]
     assert sampler.ran + sampler.cached == len(task.windows)
@@ -88,7 +98,7 @@ def run(engine: RunningEngine, task: SegmentTask, folder: Path) -> tuple[np.ndar
         for once in ("CLIPTextEncode", "CLIPVisionEncode", "UNETLoader"):
             assert nodes[once].ran <= 1
             assert nodes[once].cached >= len(task.windows) - 1
-    return read_stack(files.path("head"), task.head), seen
+    return read_stack(joined(windows, folder).path("head"), task.head), seen
 
 
 def test_windows_continue_each_other_and_hear_their_own_time(
@@ -163,6 +173,7 @@ def test_cancelling_stops_a_window_within_two_seconds(portrait: Path, tmp_path: 
                 discard=lambda _: None,
                 cancelled=cancelled,
                 silent_after=20,
+                keep=lambda _: None,
             )
         idle = threading.Event()
         for _ in range(20):
