@@ -180,7 +180,8 @@ def finished(path: Path) -> Iterator[Path]:
                 os.fsync(written.fileno())  # or a power cut leaves the name without the content
             partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # its folder may be none: what was raised says so
+            partial.unlink()
 
 
 @contextmanager

@@ -16,9 +16,9 @@ from pipeline.comfy_client import ComfyClient
 from pipeline.draft.stamp import read_stamp
 from pipeline.engine import RunningEngine, choose_engine, discard_outputs, running_engine
 from pipeline.errors import GraphError, JobCancelled
-from pipeline.frames import read_stack
+from pipeline.frames import check_video, read_frames, read_stack
 from pipeline.messages import Recipe, SegmentProgress, SegmentTask, WindowCheckpoint
-from pipeline.segment import render_segment
+from pipeline.segment import render_segment, rest, window_parts
 from pipeline.segment_files import SegmentFiles, join_windows
 from pipeline.settings import Settings
 from pipeline.workflow import load
@@ -77,6 +77,22 @@ def joined(windows: Sequence[WindowCheckpoint], folder: Path) -> SegmentFiles:
     return join_windows(parts, folder / "whole", folder)
 
 
+def checkpoints(engine: RunningEngine, task: SegmentTask, folder: Path) -> list[WindowCheckpoint]:
+    """The windows of ``task``."""
+    windows: list[WindowCheckpoint] = []
+    render_segment(
+        task,
+        ComfyClient(engine.url),
+        folder / "window",
+        report=lambda _: None,
+        discard=lambda fetched: discard_outputs(engine, fetched),
+        cancelled=threading.Event(),
+        silent_after=20,
+        keep=windows.append,
+    )
+    return windows
+
+
 def run(engine: RunningEngine, task: SegmentTask, folder: Path) -> tuple[np.ndarray, list[SegmentProgress]]:
     seen: list[SegmentProgress] = []
     windows: list[WindowCheckpoint] = []
@@ -128,6 +144,25 @@ def test_the_same_task_gives_the_same_pixels(engine: RunningEngine, portrait: Pa
     other, _ = run(engine, task_of(portrait, **short, index=4), tmp_path / "c")
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
+
+
+def test_a_task_goes_on_from_any_window(engine: RunningEngine, portrait: Path, tmp_path: Path) -> None:
+    """The windows after a checkpoint are those of an unbroken run, bit by bit, in all three files."""
+    task = task_of(portrait, head=26, tail=40)  # the tail begins in the second window
+    windows = checkpoints(engine, task, tmp_path)
+    assert [sum(parts) for parts in window_parts(task)] == [81, 72, 12]
+    again = checkpoints(engine, rest(task, windows[0]), tmp_path)
+    last = checkpoints(engine, rest(rest(task, windows[0]), again[0]), tmp_path)
+    for window, other in zip(windows[1:], [again[0], last[0]], strict=True):
+        assert (window.window, window.files.keys()) == (other.window, other.files.keys())
+        assert all(np.array_equal(window.files[name], other.files[name]) for name in window.files)
+    whole = joined(windows, tmp_path)
+    assert whole.frames == {"head": 26, "body": FRAMES - 66, "tail": 40}
+    check_video(whole.path("body"), FRAMES - 66)
+    parts = [list(read_frames(tmp_path / f"window-{number}" / "body.mp4")) for number in (0, 1)]
+    assert np.array_equal(np.stack(list(read_frames(whole.path("body")))), np.stack([*parts[0], *parts[1]]))
+    stamps = [read_stamp(frame) for frame in read_stack(whole.path("tail"), 40)]
+    assert [stamp.frame for stamp in stamps if stamp] == list(range(FRAMES - 40, FRAMES))
 
 
 def test_a_window_that_gives_too_few_frames_is_an_error(
