@@ -13,7 +13,16 @@ from typing import Any, NoReturn, get_args
 from actors.driver import render
 from actors.terminal import progress_display
 from pipeline.errors import JobCancelled
-from pipeline.request import DEFAULT_PROMPT, Aspect, AudioOrder, Preset, RenderRequest, SeamMethod, SizeName
+from pipeline.request import (
+    DEFAULT_PROMPT,
+    Aspect,
+    AudioOrder,
+    Continuity,
+    Preset,
+    RenderRequest,
+    SeamMethod,
+    SizeName,
+)
 from pipeline.settings import Settings
 from pipeline.timeline import FPS
 
@@ -89,6 +98,15 @@ def add_command(commands: Any) -> None:
     machine.add_argument(
         "--overlap-frames", type=int, metavar="N", help="what neighbours share (default: chosen)"
     )
+    machine.add_argument(
+        "--continuity",
+        choices=get_args(Continuity),
+        default="segments",
+        help="exact: one chain of windows without a seam, on one GPU (default: %(default)s)",
+    )
+    machine.add_argument(
+        "--max-chain-seconds", type=float, metavar="SECONDS", help="with exact: the fewest chains so long"
+    )
     machine.add_argument("--job-dir", type=Path, metavar="DIR", help="keep the job's files here")
     machine.add_argument("--json", action="store_true", help="print the result as JSON")
     machine.add_argument("--quiet", action="store_true", help="no progress, warnings only")
@@ -130,6 +148,8 @@ def run(options: argparse.Namespace) -> int:
                 overlap_frames=options.overlap_frames,
                 seam=options.seam,
                 use_multi_gpu=not options.no_multi_gpu,
+                continuity=options.continuity,
+                max_chain_seconds=options.max_chain_seconds,
             )
             result = render(
                 request,

@@ -58,8 +58,8 @@ def render(
 ) -> RenderResult:
     """Render ``request`` into ``output`` (an mp4).
 
-    Finished segments are kept beside the output until the video is there, so the same call after a
-    failure goes on with what is missing; with ``job_dir`` the job lives there, and stays.  ``name`` is what
+    Finished segments and windows are kept beside the output until the video is there, so the same call after
+    a failure goes on with what is missing; with ``job_dir`` the job lives there, and stays.  ``name`` is what
     it is called in logs (default: a digest of the request).  Renderers are
     those of ``pool``, or are started for this job on ``gpus`` GPUs (default: all).
     Raises ``PipelineError``; a KeyboardInterrupt becomes ``JobCancelled``, and leaves no process behind.
@@ -99,7 +99,7 @@ def render(
         )
     except (PipelineError, KeyboardInterrupt) as error:
         if job.has_segments:
-            log.warning("finished segments are kept in %s; the same command goes on with the rest", job.path)
+            log.warning("what is finished is kept in %s; the same command goes on with the rest", job.path)
         elif job_dir is None and not (isinstance(error, InvalidRequest) and error.field == "job"):
             job.remove()
         if isinstance(error, KeyboardInterrupt):

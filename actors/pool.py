@@ -19,7 +19,13 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayE
 from actors.renderer import RendererActor
 from pipeline.dispatch import Lanes
 from pipeline.errors import ConfigurationError, EngineError, PipelineError, RendererLost
-from pipeline.messages import RenderedSegment, RendererInfo, SegmentProgress, SegmentTask
+from pipeline.messages import (
+    RenderedSegment,
+    RendererInfo,
+    SegmentProgress,
+    SegmentTask,
+    WindowCheckpoint,
+)
 from pipeline.settings import Settings
 
 PROGRESS_SECONDS = 2.0
@@ -146,6 +152,17 @@ class RendererPool:
             if progress is not None:
                 seen.append(progress)
         return seen
+
+    def windows(self, lane: int, segment: int, first: int) -> Sequence[WindowCheckpoint]:
+        """Finished windows of the segment in work on a lane; none where its renderer does not answer."""
+        if lane not in self._work:
+            return ()
+        asked = self._slots[lane].renderer.windows.remote(segment, first)
+        try:
+            found: Sequence[WindowCheckpoint] = ray.get(asked, timeout=PROGRESS_SECONDS)
+        except RayError:
+            return ()  # its render call fails too, and tells why
+        return found
 
     def cancel(self) -> None:
         """Interrupt the engines in work and wait for them, a few seconds at most."""

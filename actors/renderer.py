@@ -32,9 +32,15 @@ from pipeline.engine import (
 )
 from pipeline.errors import ConfigurationError, EngineError, MediaError, OutOfMemory, StorageError
 from pipeline.job import storage_errors
-from pipeline.messages import RenderedSegment, RendererInfo, SegmentProgress, SegmentTask
+from pipeline.messages import (
+    RenderedSegment,
+    RendererInfo,
+    SegmentProgress,
+    SegmentTask,
+    WindowCheckpoint,
+)
 from pipeline.mode_check import require_mode
-from pipeline.segment import render_segment
+from pipeline.segment import render_segment, rest
 from pipeline.settings import Settings
 
 DIED_WITHIN_SECONDS = 2.0
@@ -60,6 +66,9 @@ class Renderer:
         self._workflow: str | None = None
         self._cancelled = threading.Event()
         self._progress: SegmentProgress | None = None
+        self._last: WindowCheckpoint | None = None
+        self._windows: dict[int, WindowCheckpoint] = {}
+        """Finished windows of the segment in work that nobody has fetched."""
 
     @ray.method(concurrency_group="work")
     def start(self) -> RendererInfo:
@@ -112,12 +121,13 @@ class Renderer:
 
     @ray.method(concurrency_group="work")
     def render(self, task: SegmentTask) -> RenderedSegment:
-        """Render one segment; the files come back as bytes, nothing stays here.
+        """Render the windows of one task; what ``windows`` did not hand out comes back, nothing stays here.
 
         Out of memory, there is one more try with everything unloaded and the next smaller profile.
         Raises ``GraphError``, ``EngineError`` (with the engine's log), ``JobCancelled``, ``StorageError``.
         """
         self._cancelled.clear()
+        self._last, self._windows = None, {}
         client, _ = self._started()
         if self._workflow not in (None, task.recipe.workflow.file):
             client.free()  # other models: the old ones would stay in memory beside them
@@ -130,7 +140,7 @@ class Renderer:
             log.warning("segment %d: %s; one more try with less on the GPU", task.index, first)
             self._take_less()
         try:
-            return self._render(task)
+            return self._render(task if self._last is None else rest(task, self._last))
         except OutOfMemory as again:
             width, height = task.recipe.width, task.recipe.height
             raise OutOfMemory(again.node, f"{again.reason}; {profiles.advice(width, height)}") from None
@@ -154,16 +164,16 @@ class Renderer:
                 storage_errors(self._settings.scratch),
                 tempfile.TemporaryDirectory(prefix="segment-", dir=engine.base_dir) as folder,
             ):
-                files, seconds, nodes = render_segment(
+                seconds, nodes = render_segment(
                     task,
                     client,
-                    Path(folder) / "files",
+                    Path(folder) / "window",
                     report=self._report,
                     discard=lambda fetched: discard_outputs(engine, fetched),
                     cancelled=self._cancelled,
                     silent_after=self._settings.silent_seconds,
+                    keep=self._keep,
                 )
-                arrays = files.to_arrays()
         except (EngineError, MediaError, StorageError) as error:
             # The guard removes the base directory when the engine dies, so files vanish below our hands too.
             if engine.process.exited.wait(DIED_WITHIN_SECONDS):
@@ -178,7 +188,17 @@ class Renderer:
             self._progress = None
             if engine.alive:
                 clear_files(engine)
-        return RenderedSegment(task.index, self._lane, self._node, task.attempt, arrays, seconds, nodes)
+        windows, self._windows = self._windows, {}
+        return RenderedSegment(
+            index=task.index,
+            lane=self._lane,
+            node=self._node,
+            attempt=task.attempt,
+            windows=tuple(windows.values()),
+            window_seconds=seconds,
+            nodes=nodes,
+            left=len(task.windows) - task.first - len(seconds),
+        )
 
     def _report(self, progress: SegmentProgress) -> None:
         self._progress = progress
@@ -187,6 +207,17 @@ class Renderer:
     def progress(self) -> SegmentProgress | None:
         """How far the segment in work is."""
         return self._progress
+
+    def _keep(self, window: WindowCheckpoint) -> None:
+        self._windows[window.window] = self._last = window
+
+    @ray.method(concurrency_group="control")
+    def windows(self, segment: int, first: int) -> tuple[WindowCheckpoint, ...]:
+        """Finished windows of the segment in work, from ``first`` on; those before are stored, and let go."""
+        for number, window in self._windows.copy().items():
+            if window.segment == segment and number < first:
+                self._windows.pop(number, None)
+        return tuple(w for w in self._windows.copy().values() if w.segment == segment and w.window >= first)
 
     @ray.method(concurrency_group="control")
     def cancel(self) -> None:

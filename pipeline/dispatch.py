@@ -14,7 +14,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from pipeline.errors import JobCancelled, PipelineError, RendererLost, RenderFailed, StorageError
-from pipeline.messages import RenderedSegment, RendererInfo, SegmentProgress, SegmentTask
+from pipeline.messages import (
+    RenderedSegment,
+    RendererInfo,
+    SegmentProgress,
+    SegmentTask,
+    WindowCheckpoint,
+)
 from pipeline.plan import Segment
 
 TICK_SECONDS = 0.25
@@ -46,6 +52,9 @@ class Renderers(Protocol):
     def progress(self) -> Sequence[SegmentProgress]:
         """How far the segments in work are."""
 
+    def windows(self, lane: int, segment: int, first: int) -> Sequence[WindowCheckpoint]:
+        """Finished windows of the segment in work on a lane, from ``first`` on; those before are let go."""
+
     def cancel(self) -> None:
         """Stop what is in work and wait for it."""
 
@@ -64,11 +73,12 @@ def render_all(
     max_attempts: int,
     tick: Callable[[dict[int, int]], None],
 ) -> Iterator[RenderedSegment]:
-    """Yield segments as they finish: longest first, each on its planned lane, or on any that is idle.
+    """Yield tasks as they finish: longest segment first, each on its planned lane, or on any that is idle.
 
-    A segment whose renderer is lost gets another try on another lane, ``max_attempts`` in all; a lane
-    that lost that many in a row is left alone.  Any other error ends the job: ``RenderFailed`` with the
-    segment and what its renderer said.  Whatever ends the iteration cancels what is still in work.
+    A segment of which windows are left (``RenderedSegment.left``) goes on with another task.  One whose
+    renderer is lost gets another try on another lane, ``max_attempts`` for each task; a lane that lost that
+    many in a row is left alone.  Any other error ends the job: ``RenderFailed`` with the segment and what its
+    renderer said.  Whatever ends the iteration cancels what is still in work.
 
     ``tick`` gets the segments in work and their lanes several times a second.
     """
@@ -105,7 +115,9 @@ def render_all(
                     raise RenderFailed(attempt.segment.index, f"GPU {lane}: {error}") from error
                 else:
                     losses[lane] = 0
-                    yield rendered
+                    yield rendered  # whose windows are stored then: the next task goes on from them
+                    if rendered.left:
+                        waiting.append(_Attempt(attempt.segment))
     finally:
         if running:
             renderers.cancel()

@@ -142,7 +142,7 @@ class DownloadError(PipelineError):
 
 
 class JobCancelled(PipelineError):
-    """The job was cancelled on request; finished segments are kept."""
+    """The job was cancelled on request; finished segments and windows are kept."""
 
     def __init__(self, job: str) -> None:
         super().__init__(job)

@@ -178,16 +178,24 @@ def join(
     """
     track, index = sound
     picture, audio = _concat(parts, work, fps)["v:0"], _user_input(track)[str(index)]
-    options = {
-        "c": "copy",
-        # ffmpeg repeats the parameter sets at each join; avc1 has them in the header only.
-        "bsf:v": "filter_units=remove_types=7-8",
-        "movflags": "+faststart",
-        "video_track_timescale": TICKS * fps,
-    }
     # No -shortest, no -avoid_negative_ts: both change the number or the times of frames.
-    stream = ffmpeg.output(picture, audio, _path(target), format="mp4", **options)
-    run(stream, "join the segments", target)
+    options = {**_copied(FINAL, fps), "movflags": "+faststart"}
+    run(ffmpeg.output(picture, audio, _path(target), **options), "join the segments", target)
+
+
+def join_pictures(parts: Sequence[tuple[Path, int]], target: Path, work: Path, encoding: Encoding) -> None:
+    """Join silent videos ``(path, frames)`` of one ``encoding`` by copy; raises as ``join`` does."""
+    stream = _concat(parts, work, FPS)["v:0"].output(_path(target), **_copied(encoding, FPS))
+    run(stream, "join the windows", target)
+
+
+def _copied(encoding: Encoding, fps: int) -> dict[str, Any]:
+    """Options that join files of one encoding packet by packet."""
+    options: dict[str, Any] = {"format": encoding.container, "c": "copy"}
+    if encoding is FINAL:
+        # ffmpeg repeats the parameter sets at each join; avc1 has them in the header only.
+        options |= {"bsf:v": "filter_units=remove_types=7-8", "video_track_timescale": TICKS * fps}
+    return options
 
 
 def encode_again(
@@ -293,7 +301,7 @@ def _concat(parts: Sequence[tuple[Path, int]], work: Path, fps: int) -> Any:
     folder = Path(tempfile.mkdtemp(prefix="concat-", dir=work))
     lines = ["ffconcat version 1.0"]
     for number, (path, frames) in enumerate(parts):
-        link = folder / f"part-{number:05d}{FINAL.suffix}"
+        link = folder / f"part-{number:05d}{path.suffix}"
         link.symlink_to(path.resolve())  # any character may be in a path; the list's syntax is poor
         # Each file's length is given, so that no rounding of a container moves the next one.
         lines += [f"file {link.name}", f"duration {frames / fps:.6f}"]

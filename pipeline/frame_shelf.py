@@ -37,13 +37,10 @@ def window_seed(job_seed: int, segment: int, window: int) -> int:
 
 
 class FrameShelf:
-    """Takes frames out of the engine and puts them, in order, into the segment's files."""
+    """Takes frames out of the engine and puts them, in order, into files."""
 
-    def __init__(
-        self, client: ComfyClient, writer: SegmentWriter, task: SegmentTask, discard: Discard
-    ) -> None:
-        self._client, self._writer, self._discard = client, writer, discard
-        self._left = task.frames
+    def __init__(self, client: ComfyClient, task: SegmentTask, discard: Discard) -> None:
+        self._client, self._discard = client, discard
         self._shape = (task.recipe.height, task.recipe.width, 3)
 
     def fetch(self, file: OutputFile) -> Frame:
@@ -62,18 +59,18 @@ class FrameShelf:
             )
         return frame
 
-    def store(self, early: list[OutputFile], late: list[OutputFile], last: list[Frame]) -> None:
-        """Write a window: ``early`` is still to be fetched, ``last`` are the frames of ``late``."""
-        for file in early:
-            self._write(self.fetch(file))
-        for frame in last:
-            self._write(frame)
-        self._discard(early + late)
+    def store(
+        self, writer: SegmentWriter, early: list[OutputFile], late: list[OutputFile], last: list[Frame]
+    ) -> None:
+        """Write frames: ``early`` are still to be fetched, ``last`` are those of ``late``.
 
-    def _write(self, frame: Frame) -> None:
-        if self._left:  # the last window may be longer than what is left of the segment
-            self._writer.write(frame)
-            self._left -= 1
+        The last window may be longer than what is left of the segment: what is too much is dropped.
+        """
+        for file in early[: writer.missing]:
+            writer.write(self.fetch(file))
+        for frame in last[: writer.missing]:
+            writer.write(frame)
+        self._discard(early + late)
 
 
 def upload(client: ComfyClient, content: bytes, suffix: str) -> str:

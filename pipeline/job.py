@@ -8,6 +8,9 @@
     segments/0003/          a finished segment; a folder that exists is complete
     segments/0003-1/        another take of it (``redo``)
     segments/takes.json     which take of a segment counts, where it is not the first
+    segments/0003.windows/  while it is not finished, its windows
+        000012/             a finished window; a folder that exists is complete
+        000012.motion       the frames that the next window continues, behind their SHA-256
     result.json             the end
 
 Files appear under their names only when they are whole.  Nobody else joins paths.
@@ -107,6 +110,18 @@ class JobDirectory:
                 raise InvalidRequest("job", f"{self.path} has lost its copy of {name}, {copy.name}")
         return request.model_copy(update=copies)
 
+    def windows(self, index: int) -> Path:
+        """The folder of an unfinished segment's windows."""
+        return self.path / "segments" / f"{index:04d}.windows"
+
+    def window(self, index: int, window: int) -> Path:
+        """The folder of a finished window."""
+        return self.windows(index) / f"{window:06d}"
+
+    def window_motion(self, index: int, window: int) -> Path:
+        """The last frames of a finished window."""
+        return self.windows(index) / f"{window:06d}.motion"
+
     def source(self, kind: str, original: Path) -> Path:
         """The job's own copy of a caller's file; the suffix stays for the decoders."""
         return self.path / "inputs" / f"{kind}{original.suffix.lower()[:10]}"
@@ -156,11 +171,11 @@ class JobDirectory:
 
     @property
     def has_segments(self) -> bool:
-        """Whether anything is kept that another start need not render again."""
+        """Whether any segment or window is kept that another start need not render again."""
         return any(self.path.glob("segments/[0-9]*"))
 
     def forget_segments(self) -> None:
-        """Delete all finished segments."""
+        """Delete all finished segments and windows."""
         shutil.rmtree(self.path / "segments", ignore_errors=True)
 
     def remove(self) -> None:
@@ -202,7 +217,8 @@ def finished(path: Path) -> Iterator[Path]:
                 os.fsync(written.fileno())  # or a power cut leaves the name without the content
             partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # its folder may be none: what was raised says so
+            partial.unlink()
 
 
 @contextmanager

@@ -43,15 +43,16 @@ class SegmentTask:
     frames: int
     """Frames of the job that the segment covers; more may be rendered, they are dropped at the end."""
     windows: tuple[int, ...]
-    """The length of each window in frames; later windows repeat ``motion`` frames of the one before."""
+    """The length of each window in frames; later windows repeat ``motion`` frames of the one before.
+    All of the segment's, also those that this task leaves to others (``first``)."""
     head: int
     tail: int
     """Frames shared with the segment before and with the one after."""
     portraits: tuple[bytes, ...]
-    """PNG of the picture that conditions each window; one for all, or one for each."""
+    """PNG of the picture that conditions each window of this task; one for all, or one for each."""
     speech: tuple[bytes, ...]
-    """WAV of each window's own time (16 kHz mono); its first sample is ``context`` frames before the
-    window's frame 0."""
+    """WAV of each window's own time (16 kHz mono), for the windows of this task; its first sample is
+    ``context`` frames before the window's frame 0."""
     attempt: int = 1
     context: tuple[int, ...] = ()
     """Frames of each window's speech that lie before it; none for workflows without such a slot."""
@@ -59,6 +60,10 @@ class SegmentTask:
     """The same times of the second speaker's track."""
     masks: tuple[bytes, ...] = ()
     """PNG of where each of two speakers is, white on black."""
+    first: int = 0
+    """The first window of this task; those before are finished, and it ends after ``len(speech)`` windows."""
+    motion: Blob | None = None
+    """The last frames of the window before ``first``, as ``WindowCheckpoint.motion``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,17 +78,32 @@ class NodeRuns:
 
 
 @dataclass(frozen=True, slots=True)
+class WindowCheckpoint:
+    """A finished window: what of the segment's files it gives, and what the next window goes on from."""
+
+    segment: int
+    window: int
+    """Counted from 0, the segment's first."""
+    files: dict[str, Blob]
+    """``SegmentFiles.to_arrays`` of its frames: parts of the segment's head, body and tail."""
+    motion: Blob | None
+    """Its last ``Recipe.motion`` frames, lossless (``motion_frames.pack``); None for the last window."""
+
+
+@dataclass(frozen=True, slots=True)
 class RenderedSegment:
-    """A finished segment: its three files as bytes, how long each window took, and what ran for it."""
+    """The end of a task: its windows that nobody has fetched yet, how long each took, and what ran for it."""
 
     index: int
     lane: int
     node: str
     attempt: int
-    files: dict[str, Blob]
+    windows: tuple[WindowCheckpoint, ...]
     window_seconds: tuple[float, ...]
     nodes: dict[str, NodeRuns]
     """By node class."""
+    left: int = 0
+    """Windows of the segment that are still to be rendered, by another task."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +112,11 @@ class SegmentProgress:
 
     index: int
     windows_done: int
+    """Of all the segment's windows, those of earlier tasks too."""
     fraction: float
     """Of the window that is being rendered, 0 to 1."""
     window_seconds: tuple[float, ...]
-    """Of the windows done."""
+    """Of the windows done by this task, the last of ``windows_done``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ from typing import Any
 
 from pipeline.errors import InvalidRequest
 from pipeline.pauses import Ranges, place_overlaps
+from pipeline.timeline import FPS
 
 WINDOW = 81
 """Frames of a window that InfiniteTalk was trained at."""
@@ -195,6 +196,46 @@ def naive_segments(total_frames: int, gpu_count: int, *, window: int = WINDOW, m
             windows = (window,) * (1 + max(0, -(-(stop - start - window) // (window - motion))))
             segments.append(Segment(len(segments), start, stop, windows, gpu, motion))
     return Plan(total_frames, tuple(segments), window, motion, partial_windows=False)
+
+
+def chain_segments(
+    total_frames: int,
+    gpu_count: int,
+    *,
+    max_frames: int | None = None,
+    overlap_frames: int | None = None,
+    window: int = WINDOW,
+    motion: int = MOTION,
+    pauses: Ranges = (),
+) -> Plan:
+    """The fewest chains of at most ``max_frames`` (default: one chain of everything), whatever their time.
+
+    Chains are about equally long, share at least ``overlap_frames`` (default: ``MIN_OVERLAP``), and take
+    turns on the GPUs.  Raises ``InvalidRequest``.
+    """
+    _check(total_frames, gpu_count, window, motion)
+    overlap = MIN_OVERLAP if overlap_frames is None else overlap_frames
+    if not motion <= overlap < window:
+        raise InvalidRequest("overlap_frames", f"must be {motion} to {window - 1} frames, is {overlap}")
+    longest = _padded(total_frames)
+    count = 1
+    if max_frames is not None and max_frames < total_frames:
+        longest = _padded(max_frames - 3)  # the last one, too, is rendered in whole latents
+        if longest < (least := max(window, 2 * overlap)):
+            seconds = f"{_padded(least) / FPS:g} s"
+            raise InvalidRequest("max_chain_seconds", f"must be at least {seconds} for overlaps of {overlap}")
+        count = -(-(total_frames - overlap) // (longest - overlap))
+    rules = _Rules(window, motion, overlap, cap=0, full=latents(window))
+    chains = [(i % gpu_count, _chain(longest, rules)) for i in range(count)]
+    return Plan(total_frames, _place(chains, overlap, total_frames, rules, pauses), window, motion)
+
+
+def _chain(frames: int, rules: _Rules) -> list[int]:
+    """Windows that give so many frames, or the fewest more: whole ones, and a shorter one if need be."""
+    if frames <= rules.window:
+        return [_padded(frames)]
+    whole, rest = divmod(frames - rules.motion, rules.stride)
+    return [rules.window] * whole + ([_padded(rest + rules.motion)] if rest else [])
 
 
 _Chain = tuple[int, list[int]]

@@ -14,8 +14,8 @@ from pathlib import Path
 from pipeline.errors import InvalidRequest
 from pipeline.job import JobDirectory, finished
 from pipeline.masks import speaker_masks
-from pipeline.messages import Recipe, SegmentTask
-from pipeline.plan import Plan, Segment
+from pipeline.messages import Blob, Recipe, SegmentTask
+from pipeline.plan import MAX_WINDOWS, Plan, Segment
 from pipeline.portrait import Size, prepare_portrait
 from pipeline.request import RenderRequest
 from pipeline.sound import WHOLE, Part, make_track, mix_tracks
@@ -27,6 +27,9 @@ from pipeline.workflow import Workflow
 SPEECH_MARGIN = 64
 """Frames of speech around a window that the audio encoder hears too: its position convolution reaches
 2.56 s, 64 frames.  Those before the window need a workflow that can say where the window begins."""
+
+TASK_WINDOWS = MAX_WINDOWS
+"""Most windows of one task; a longer segment is several tasks in a row, each going on from the last one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +86,26 @@ class Preparation:
             presets=tuple((name, value) for name, value in given.items() if value is not None),
         )
 
-    def task(self, recipe: Recipe, plan: Plan, segment: Segment, attempt: int) -> SegmentTask:
-        """One segment with its pictures and its speech, window by window."""
-        starts = window_starts(segment, plan.motion)
+    def task(
+        self,
+        recipe: Recipe,
+        plan: Plan,
+        segment: Segment,
+        attempt: int,
+        first: int = 0,
+        motion: Blob | None = None,
+    ) -> SegmentTask:
+        """The next windows of a segment, from ``first`` on, with their pictures and their speech.
+
+        At most ``TASK_WINDOWS``: an hour in one chain would be gigabytes.  ``motion``: see ``SegmentTask``.
+        """
+        todo = slice(first, first + TASK_WINDOWS)
+        starts, windows = window_starts(segment, plan.motion)[todo], segment.windows[todo]
         overlaps = (0, *plan.overlaps, 0)
         context: tuple[int, ...] = ()
         if recipe.workflow.has("context"):
             context = tuple(min(SPEECH_MARGIN, start) for start in starts)
-        speech = [self._cuts(track, starts, segment.windows, context) for track in self.speech]
+        speech = [self._cuts(track, starts, windows, context) for track in self.speech]
         return SegmentTask(
             recipe=recipe,
             index=segment.index,
@@ -104,6 +119,8 @@ class Preparation:
             context=context,
             speech_2=speech[1] if len(speech) > 1 else (),
             masks=self.masks,
+            first=first,
+            motion=motion,
         )
 
     @staticmethod

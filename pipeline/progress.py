@@ -27,6 +27,7 @@ class SegmentState:
     windows_done: int = 0
     fraction: float = 0.0
     window_seconds: tuple[float, ...] = ()
+    """Of the last of the windows done: those of an earlier start of the job were not timed."""
 
     @property
     def cost(self) -> int:
@@ -82,16 +83,16 @@ class JobProgress:
         if not loads:
             return None
         heapq.heapify(loads)
-        waiting = (state.cost for state in self.states if state.stage == "waiting")
+        waiting = (state.cost - state.done for state in self.states if state.stage == "waiting")
         for cost in sorted(waiting, reverse=True):
             heapq.heapreplace(loads, loads[0] + cost)
         return max(loads) * rate
 
 
 def _seconds_per_latent(states: Sequence[SegmentState]) -> float | None:
-    timed = [
-        seconds / latents(length)
-        for state in states
-        for seconds, length in zip(state.window_seconds, state.segment.windows, strict=False)
-    ]
+    timed = []
+    for state in states:
+        first = max(0, state.windows_done - len(state.window_seconds))
+        lengths = state.segment.windows[first:]
+        timed += [s / latents(n) for s, n in zip(state.window_seconds, lengths, strict=False)]
     return median(timed) if timed else None

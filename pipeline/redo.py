@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.checkpoints import KeptWindows
 from pipeline.dispatch import Renderers, render_all
 from pipeline.errors import InvalidRequest, MediaError
 from pipeline.job import JobDirectory, finished, storage_errors
@@ -115,8 +116,8 @@ def redo(
             job.work.mkdir(exist_ok=True)
         recipe = replace(prepared.recipe(request, job.name, workflow, plan), seed=seed)
 
-        def task_for(part: Segment, attempt: int) -> SegmentTask:
-            return prepared.task(recipe, plan, part, attempt)
+        def task_for(part: Segment, attempt: int, kept: KeptWindows) -> SegmentTask:
+            return prepared.task(recipe, plan, part, attempt, kept.count, kept.motion)
 
         new = job.take(index, number)
         chosen = False
@@ -219,19 +220,24 @@ def _render(
     plan: Plan,
     index: int,
     folder: Path,
-    task_for: Callable[[Segment, int], SegmentTask],
+    task_for: Callable[[Segment, int, KeptWindows], SegmentTask],
     open_renderers: Callable[[], AbstractContextManager[Renderers]],
     max_attempts: int,
     on_progress: Callable[[JobProgress], None],
 ) -> None:
     segment = plan.segments[index]
+    kept = KeptWindows(job, segment)
+    kept.forget()  # of a take that was broken off: it had another seed
     on_progress(JobProgress(job.name, "starting"))
     with open_renderers() as renderers:
         lanes = len(renderers.start())
 
         def tick(on_lanes: dict[int, int]) -> None:
             seen = {entry.index: entry for entry in renderers.progress()}.get(index)
-            seen = seen or SegmentProgress(index, 0, 0.0, ())
+            seen = seen or SegmentProgress(index, kept.count, 0.0, ())
+            if index in on_lanes and seen.windows_done > kept.count:
+                for window in renderers.windows(on_lanes[index], index, kept.count):
+                    kept.keep(window)
             state = SegmentState(
                 segment,
                 "rendering",
@@ -242,8 +248,13 @@ def _render(
             )
             on_progress(JobProgress(job.name, "rendering", lanes, _states(plan, {index: state})))
 
-        for rendered in render_all([segment], task_for, renderers, max_attempts, tick):
-            SegmentFiles.store(folder, rendered.files)
+        def next_task(part: Segment, attempt: int) -> SegmentTask:
+            return task_for(part, attempt, kept)
+
+        for rendered in render_all([segment], next_task, renderers, max_attempts, tick):
+            for window in rendered.windows:
+                kept.keep(window)
+    kept.become_segment(folder)
 
 
 def _states(plan: Plan, working: dict[int, SegmentState]) -> tuple[SegmentState, ...]:

@@ -6,7 +6,6 @@ Which renderer takes which segment is ``dispatch``'s business.  No Ray, no HTTP,
 from __future__ import annotations
 
 import logging
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,12 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from pipeline.checkpoints import KeptWindows, missing_segments
 from pipeline.dispatch import Renderers, render_all
 from pipeline.engine import EngineKind
-from pipeline.errors import MediaError
 from pipeline.job import JobDirectory, storage_errors
 from pipeline.messages import NodeRuns, RendererInfo, SegmentProgress, SegmentTask
-from pipeline.plan import Plan, Segment, calculate_segments
+from pipeline.plan import Plan, Segment, calculate_segments, chain_segments
 from pipeline.preparation import Preparation, prepare
 from pipeline.progress import JobProgress, SegmentState
 from pipeline.request import RenderRequest
@@ -70,7 +69,9 @@ def render_video(
                     track.result()  # its error is told now, not after the last window
                 on_progress(progress)
 
-            if (known := job.stored_plan()) and not _missing(known, job):
+            known = job.stored_plan()
+            missing = None if known is None else missing_segments(job, known)
+            if known is not None and not missing:
                 plan, done = known, _Done({segment.gpu for segment in known.segments})
             else:
                 on_progress(JobProgress(job.name, "starting"))
@@ -79,13 +80,21 @@ def render_video(
                     _log_devices(infos)
                     clock.lap("start")
                     plan = known or _plan(request, prepared, len(infos), make_plan)
-                    if known is None:
+                    if missing is None:
                         job.forget_segments()  # of a plan that is gone
                         job.write_json(job.plan, plan.to_json())
+                        missing = missing_segments(job, plan)
                     _log_plan(plan, job)
+                    if request.continuity == "exact":
+                        _log_exact(plan, len(infos), job)
                     recipe = prepared.recipe(request, job.name, workflow, plan)
-                    task_for = partial(prepared.task, recipe, plan)
-                    done = _render_missing(job, plan, task_for, renderers, len(infos), max_attempts, watched)
+
+                    def task_for(segment: Segment, attempt: int, kept: KeptWindows) -> SegmentTask:
+                        return prepared.task(recipe, plan, segment, attempt, kept.count, kept.motion)
+
+                    done = _render_missing(
+                        job, plan, missing, task_for, renderers, len(infos), max_attempts, watched
+                    )
                     clock.lap("render")
             on_progress(JobProgress(job.name, "joining", 0, _states(plan, job, {}, {})))
             files = [SegmentFiles.in_folder(job.segment(segment.index)) for segment in plan.segments]
@@ -149,6 +158,13 @@ def _plan(
 ) -> Plan:
     if make_plan is not None:
         return make_plan(prepared.total_frames, lanes)
+    if request.continuity == "exact":
+        return chain_segments(
+            prepared.total_frames,
+            lanes if request.use_multi_gpu else 1,
+            max_frames=request.max_chain_frames,
+            overlap_frames=request.overlap_frames,
+        )
     return calculate_segments(
         prepared.total_frames,
         lanes,
@@ -158,47 +174,53 @@ def _plan(
     )
 
 
-def _missing(plan: Plan, job: JobDirectory) -> list[Segment]:
-    return [segment for segment in plan.segments if not _is_finished(job.segment(segment.index))]
-
-
-def _is_finished(folder: Path) -> bool:
-    """Whether a segment is there and whole; a damaged one is rendered again."""
-    if not folder.exists():
-        return False
-    try:
-        SegmentFiles.in_folder(folder).verify()
-    except MediaError as error:
-        log.warning("a kept segment is damaged and rendered again: %s", error)
-        shutil.rmtree(folder)
-        return False
-    return True
-
-
 def _render_missing(
     job: JobDirectory,
     plan: Plan,
-    task_for: Callable[[Segment, int], SegmentTask],
+    missing: dict[int, KeptWindows],
+    task_for: Callable[[Segment, int, KeptWindows], SegmentTask],
     renderers: Renderers,
     lanes: int,
     max_attempts: int,
     on_progress: OnProgress,
 ) -> _Done:
-    """Render what is not there yet, storing each segment as it comes."""
+    """Render what is not there yet, storing each window as it comes."""
     seconds: dict[int, tuple[float, ...]] = {}
     done = _Done()
 
     def tick(on_lanes: dict[int, int]) -> None:
         running = {seen.index: seen for seen in renderers.progress()}
-        on_progress(JobProgress(job.name, "rendering", lanes, _states(plan, job, on_lanes, running, seconds)))
+        for index, lane in on_lanes.items():
+            kept = missing[index]
+            if index in running and running[index].windows_done > kept.count:
+                for window in renderers.windows(lane, index, kept.count):
+                    kept.keep(window)
+        states = _states(plan, job, on_lanes, running, seconds, missing)
+        on_progress(JobProgress(job.name, "rendering", lanes, states))
 
-    for rendered in render_all(_missing(plan, job), task_for, renderers, max_attempts, tick):
-        with storage_errors(job.segment(rendered.index)):
-            SegmentFiles.store(job.segment(rendered.index), rendered.files)
-        seconds[rendered.index] = rendered.window_seconds
+    def next_task(segment: Segment, attempt: int) -> SegmentTask:
+        kept = missing[segment.index]
+        if kept.count:
+            log.info(
+                "segment %d goes on after window %d of %d",
+                segment.index,
+                kept.count,
+                len(segment.windows),
+                extra={"job": job.name, "segment": segment.index},
+            )
+        return task_for(segment, attempt, kept)
+
+    todo = [segment for segment in plan.segments if segment.index in missing]
+    for rendered in render_all(todo, next_task, renderers, max_attempts, tick):
+        for window in rendered.windows:
+            missing[rendered.index].keep(window)
+        seconds[rendered.index] = seconds.get(rendered.index, ()) + rendered.window_seconds
         done.lanes.add(rendered.lane)
         for name, runs in rendered.nodes.items():
             done.nodes[name] = done.nodes.get(name, NodeRuns()) + runs
+        if rendered.left:
+            continue
+        missing[rendered.index].become_segment()
         log.info(
             "segment %d processed successfully",
             rendered.index,
@@ -227,28 +249,22 @@ def _states(
     lanes: dict[int, int],
     running: dict[int, SegmentProgress],
     seconds: dict[int, tuple[float, ...]] | None = None,
+    missing: dict[int, KeptWindows] | None = None,
 ) -> tuple[SegmentState, ...]:
     states = []
     for segment in plan.segments:
-        if job.segment(segment.index).exists():
-            times = (seconds or {}).get(segment.index, ())
-            states.append(
-                SegmentState(segment, "finished", windows_done=len(segment.windows), window_seconds=times)
-            )
-        elif segment.index in lanes:
-            seen = running.get(segment.index, SegmentProgress(segment.index, 0, 0.0, ()))
-            states.append(
-                SegmentState(
-                    segment,
-                    "rendering",
-                    lanes[segment.index],
-                    seen.windows_done,
-                    seen.fraction,
-                    seen.window_seconds,
-                )
-            )
+        index = segment.index
+        times = (seconds or {}).get(index, ())
+        count = missing[index].count if missing and index in missing else 0
+        if job.segment(index).exists():
+            state = SegmentState(segment, "finished", None, len(segment.windows), 0.0, times)
+        elif index in lanes:
+            seen = running.get(index, SegmentProgress(index, count, 0.0, ()))
+            times += seen.window_seconds
+            state = SegmentState(segment, "rendering", lanes[index], seen.windows_done, seen.fraction, times)
         else:
-            states.append(SegmentState(segment, "waiting"))
+            state = SegmentState(segment, "waiting", None, count, 0.0, times)
+        states.append(state)
     return tuple(states)
 
 
@@ -290,6 +306,20 @@ def _log_plan(plan: Plan, job: JobDirectory) -> None:
                 "windows": len(segment.windows),
             },
         )
+
+
+def _log_exact(plan: Plan, lanes: int, job: JobDirectory) -> None:
+    """Say what exactness costs: a chain is rendered window after window."""
+    chains = len(plan.segments)
+    log.info(
+        "continuity exact: %s, each on one GPU, window after window; %d of %d %s to do at a time%s",
+        "1 chain" if chains == 1 else f"{chains} chains",
+        min(chains, lanes),
+        lanes,
+        "GPU has something" if lanes == 1 else "GPUs have something",
+        "" if chains >= lanes else " (max_chain_seconds makes shorter chains, for more GPUs)",
+        extra={"job": job.name, "chains": chains},
+    )
 
 
 class _Clock:

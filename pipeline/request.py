@@ -21,6 +21,7 @@ Box = tuple[int, int, int, int]
 """A part of the picture as given, in its pixels: x0, y0, x1, y1; x1 and y1 are the first outside."""
 
 AudioOrder = Literal["together", "in_turns"]
+Continuity = Literal["segments", "exact"]
 Preset = Literal["fast", "quality"]
 SeamMethod = Literal["morph", "crossfade", "cut"]
 SizeName = Literal["480p", "720p"]
@@ -99,6 +100,10 @@ class RenderRequest(BaseModel):
     seam: SeamMethod = "morph"
     """How segments are joined: rendered segments serve all of them."""
     use_multi_gpu: bool = True
+    continuity: Continuity = "segments"
+    """``exact``: one chain of windows from the first frame to the last, on one GPU, without a seam."""
+    max_chain_seconds: float | None = Field(default=None, ge=WINDOW / FPS, allow_inf_nan=False)
+    """With ``exact``: the fewest chains that are no longer than this, joined as segments are."""
 
     @model_validator(mode="after")
     def _one_picture(self) -> RenderRequest:
@@ -125,6 +130,8 @@ class RenderRequest(BaseModel):
             raise _refused("audio_end", f"{self.audio_end} s is not after audio_start, {self.audio_start} s")
         if self.audio_2 is not None and (self.audio_start or self.audio_end is not None):
             raise _refused("audio_start" if self.audio_start else "audio_end", "only with one speaker")
+        if self.max_chain_seconds is not None and self.continuity != "exact":
+            raise _refused("max_chain_seconds", "only together with continuity exact")
         if (self.size or self.aspect) and (self.width or self.height):
             raise _refused("size" if self.size else "aspect", "not together with width and height")
         return self
@@ -162,6 +169,12 @@ class RenderRequest(BaseModel):
     def sampler_steps(self) -> int | None:
         """None: the workflow's own number."""
         return PRESET_STEPS[self.preset] if self.steps is None else self.steps
+
+    @property
+    def max_chain_frames(self) -> int | None:
+        """``max_chain_seconds`` in frames."""
+        # Tolerant of binary fractions: 3.24 s are 81 frames.
+        return None if self.max_chain_seconds is None else int(self.max_chain_seconds * FPS + 1e-6)
 
     @property
     def files(self) -> dict[str, Path]:

@@ -1,28 +1,35 @@
 """One segment on one engine: window after window, each continuing from the last frames of the one before.
 
 A window is one prompt: it is the unit of progress and of cancelling, and a chain of windows in one graph
-would cost memory quadratically in ComfyUI.  How to talk to the engine is in ``comfy_client``, how frames
-become files in ``segment_files``.  No Ray, no planning.
+would cost memory quadratically in ComfyUI.  A finished window leaves as a ``WindowCheckpoint``, and nothing
+of it stays here, so that a chain can be of any length and be continued by anybody.  How to talk to the engine
+is in ``comfy_client``, how frames become files in ``segment_files``.  No Ray, no planning.
 """
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from pipeline import motion_frames
 from pipeline.comfy_client import ComfyClient
 from pipeline.comfy_events import PromptProgress
 from pipeline.errors import GraphError
 from pipeline.frame_shelf import Discard, FrameShelf, count_nodes, upload, window_seed
-from pipeline.messages import NodeRuns, SegmentProgress, SegmentTask
+from pipeline.messages import NodeRuns, SegmentProgress, SegmentTask, WindowCheckpoint
 from pipeline.segment_files import SegmentFiles, SegmentWriter
 
 Report = Callable[[SegmentProgress], None]
+Keep = Callable[[WindowCheckpoint], None]
 
 
 def render_segment(
@@ -34,15 +41,19 @@ def render_segment(
     discard: Discard,
     cancelled: threading.Event,
     silent_after: float,
-) -> tuple[SegmentFiles, tuple[float, ...], dict[str, NodeRuns]]:
-    """Render every window of ``task`` into ``folder``: the files, the seconds of each window, what ran.
+    keep: Keep,
+) -> tuple[tuple[float, ...], dict[str, NodeRuns]]:
+    """Render the windows of ``task``, each of which goes to ``keep``: the seconds of each window, what ran.
 
-    While the engine samples the next window, the frames of the last one are fetched and encoded.
+    While the engine samples the next window, the frames of the last one are fetched and encoded, in
+    ``folder``, where nothing stays.
     Raises ``GraphError``, ``EngineError``, ``JobCancelled``, ``MediaError``, ``StorageError``.
     """
     attempt = uuid.uuid4().hex[:8]
     recipe = task.recipe
-    body = task.frames - task.head - task.tail
+    shelf = FrameShelf(client, task, discard)
+    parts = window_parts(task)
+    motion: bytes | None = None if task.motion is None else task.motion.tobytes()
     seconds: list[float] = []
     nodes: dict[str, NodeRuns] = {}
     last_seen = PromptProgress("")
@@ -50,24 +61,24 @@ def render_segment(
     def following(seen: PromptProgress) -> None:
         nonlocal last_seen
         last_seen = seen
-        report(SegmentProgress(task.index, len(seconds), seen.fraction, tuple(seconds)))
+        tell(seen.fraction)
 
-    report(SegmentProgress(task.index, 0, 0.0, ()))
-    with (
-        SegmentWriter(folder, task.head, body, task.tail, recipe.width, recipe.height) as writer,
-        ThreadPoolExecutor(1, thread_name_prefix="frames") as background,
-    ):
-        shelf = FrameShelf(client, writer, task, discard)
+    def tell(fraction: float) -> None:
+        report(SegmentProgress(task.index, task.first + len(seconds), fraction, tuple(seconds)))
+
+    tell(0.0)
+    with ThreadPoolExecutor(1, thread_name_prefix="frames") as background:
         storing: Future[None] | None = None
-        motion: str | None = None
-        for window, length in enumerate(task.windows):
+        for number in range(len(task.speech)):
+            window = task.first + number
+            length = task.windows[window]
             began = time.monotonic()
             graph = recipe.workflow.fill(
                 {
-                    **_more(client, task, window),
-                    "portrait": upload(client, task.portraits[min(window, len(task.portraits) - 1)], "png"),
-                    "speech": upload(client, task.speech[window], "wav"),
-                    "motion": motion,
+                    **_more(client, task, number),
+                    "portrait": upload(client, task.portraits[min(number, len(task.portraits) - 1)], "png"),
+                    "speech": upload(client, task.speech[number], "wav"),
+                    "motion": None if motion is None else upload(client, motion, "png"),
                     "prompt": recipe.prompt,
                     "seed": window_seed(recipe.seed, task.index, window),
                     "width": recipe.width,
@@ -89,19 +100,61 @@ def render_segment(
                 storing.result()
             late = files[-recipe.motion :]
             last = [shelf.fetch(file) for file in late]
-            motion = (
-                upload(client, motion_frames.pack(last), "png") if window + 1 < len(task.windows) else None
-            )
-            storing = background.submit(shelf.store, files[: -recipe.motion], late, last)
+            motion = motion_frames.pack(last) if window + 1 < len(task.windows) else None
+            store = partial(shelf.store, early=files[: -recipe.motion], late=late, last=last)
+            storing = background.submit(_finish, task, window, parts[window], store, folder, motion, keep)
             seconds.append(time.monotonic() - began)
-            report(SegmentProgress(task.index, len(seconds), 0.0, tuple(seconds)))
+            tell(0.0)
         if storing is not None:
             storing.result()
-    return SegmentFiles.in_folder(folder), tuple(seconds), nodes
+    return tuple(seconds), nodes
+
+
+def rest(task: SegmentTask, done: WindowCheckpoint) -> SegmentTask:
+    """The task without the windows up to ``done``."""
+    windows = done.window + 1 - task.first
+    return replace(
+        task,
+        first=done.window + 1,
+        motion=done.motion,
+        portraits=task.portraits if len(task.portraits) == 1 else task.portraits[windows:],
+        speech=task.speech[windows:],
+        context=task.context[windows:],
+        speech_2=task.speech_2[windows:],
+    )
+
+
+def window_parts(task: SegmentTask) -> list[tuple[int, int, int]]:
+    """New frames of each window of the segment that belong to its head, its body and its tail."""
+    tail = task.frames - task.tail
+    parts, stop = [], 0
+    for window, length in enumerate(task.windows):
+        start = stop
+        stop = min(task.frames, start + length - (task.recipe.motion if window else 0))
+        bounds = [min(max(start, edge), stop) for edge in (0, task.head, tail, task.frames)]
+        parts.append((bounds[1] - bounds[0], bounds[2] - bounds[1], bounds[3] - bounds[2]))
+    return parts
+
+
+def _finish(
+    task: SegmentTask,
+    window: int,
+    parts: tuple[int, int, int],
+    store: Callable[[SegmentWriter], None],
+    folder: Path,
+    motion: bytes | None,
+    keep: Keep,
+) -> None:
+    """Make a window's files, and hand them on."""
+    with SegmentWriter(folder, *parts, task.recipe.width, task.recipe.height) as writer:
+        store(writer)
+    last = None if motion is None else np.frombuffer(motion, np.uint8)
+    keep(WindowCheckpoint(task.index, window, SegmentFiles.in_folder(folder).to_arrays(), last))
+    shutil.rmtree(folder)
 
 
 def _more(client: ComfyClient, task: SegmentTask, window: int) -> dict[str, object]:
-    """Values for the slots that not every workflow has."""
+    """Values for the slots that not every workflow has; ``window`` counts those of this task."""
     values = dict(task.recipe.presets)
     if task.recipe.workflow.has("context"):
         values |= {"context": task.context[window], "negative": task.recipe.negative}

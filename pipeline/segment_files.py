@@ -1,11 +1,12 @@
-"""What a renderer hands back for one segment: three silent files and a manifest, and how they travel.
+"""What is kept of a segment, or of one window of it: three silent files, a manifest, and how they travel.
 
     head.mkv       the overlap with the segment before, lossless; absent for the first segment
     body.mp4       the frames between, in the final encoding; absent if there are none
     tail.mkv       the overlap with the segment after, lossless; absent for the last segment
     segment.json   frames, bytes and SHA-256 of each
 
-A segment directory that exists is complete.  Joining segments is ``stitch``'s work.
+A directory that exists is complete.  Windows become a segment here, by stream copy; joining segments is
+``stitch``'s work.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipeline import ffmpeg
 from pipeline.errors import MediaError, StorageError
 from pipeline.ffmpeg import FINAL, LOSSLESS
 from pipeline.frame_writer import FrameWriter, Writer
 from pipeline.frames import Frame as Frame
+from pipeline.frames import stream_header
 
 PARTS = {"head": LOSSLESS, "body": FINAL, "tail": LOSSLESS}
 """The parts of a segment in the order of their frames."""
@@ -109,6 +112,11 @@ class SegmentWriter(Writer):
         self._writer: FrameWriter | None = None
         self._partial = _partial(folder)
 
+    @property
+    def missing(self) -> int:
+        """Frames that are still to come."""
+        return sum(self._frames.values()) - self._written
+
     def write(self, frame: Frame) -> None:
         """Append the next frame, uint8 [H, W, 3].
 
@@ -131,15 +139,8 @@ class SegmentWriter(Writer):
         if self._written != wanted or not wanted:
             self.abort()
             raise MediaError(f"{self._folder.name} got {self._written} frames instead of {wanted}")
-        files = {}
         try:
-            for path in sorted(self._partial.iterdir()):
-                with path.open("rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
-                files[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
-            width, height = self._size
-            manifest = {"width": width, "height": height, "frames": self._frames, "files": files}
-            (self._partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+            _seal(self._partial, self._frames, self._size)
             _publish(self._partial, self._folder)
         except OSError as error:
             raise StorageError(str(self._folder), error.strerror or str(error)) from error
@@ -159,6 +160,47 @@ class SegmentWriter(Writer):
                 return part, index == 0, index == frames - 1
             index -= frames
         raise MediaError(f"{self._folder.name} got more than its {sum(self._frames.values())} frames")
+
+
+def join_windows(windows: Sequence[SegmentFiles], folder: Path, work: Path) -> SegmentFiles:
+    """Make one segment of the files of its ``windows``, in order, without encoding anything again.
+
+    ``folder`` appears when it is complete; ``work`` gets small temporary files.
+    Raises ``MediaError``, ``StorageError``.
+    """
+    partial = _partial(folder)
+    try:
+        for part, encoding in PARTS.items():
+            files = [(window.path(part), window.frames[part]) for window in windows if window.frames[part]]
+            target = partial / f"{part}{encoding.suffix}"
+            if len(files) == 1:
+                shutil.copyfile(files[0][0], target)
+            elif files and encoding is FINAL and len({stream_header(path) for path, _ in files}) > 1:
+                ffmpeg.encode_again(files, target, work)  # windows of nodes with different encoders
+            elif files:
+                ffmpeg.join_pictures(files, target, work, encoding)
+        _seal(
+            partial,
+            {part: sum(window.frames[part] for window in windows) for part in PARTS},
+            (windows[0].width, windows[0].height),
+        )
+        _publish(partial, folder)
+    except OSError as error:
+        raise StorageError(str(folder), error.strerror or str(error)) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return SegmentFiles.in_folder(folder)
+
+
+def _seal(partial: Path, frames: Mapping[str, int], size: tuple[int, int]) -> None:
+    """Write the manifest of the files that are there."""
+    files = {}
+    for path in sorted(partial.iterdir()):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
+    manifest = {"width": size[0], "height": size[1], "frames": dict(frames), "files": files}
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
 
 def _partial(folder: Path) -> Path:

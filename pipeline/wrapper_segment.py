@@ -106,7 +106,7 @@ def render_segment(
         raise GraphError("frames", f"the segment gave {len(files)} frames instead of {total}")
     body = task.frames - task.head - task.tail
     with SegmentWriter(folder, task.head, body, task.tail, recipe.width, recipe.height) as writer:
-        _store(FrameShelf(client, writer, task, discard), files[: task.frames], cancelled, recipe.job)
+        _store(FrameShelf(client, task, discard), writer, files[: task.frames], cancelled, recipe.job)
     discard(files[task.frames :])
     nodes: dict[str, NodeRuns] = {}
     count_nodes(nodes, graph, clock.seen)
@@ -219,7 +219,9 @@ def _heard(speech: bytes, frames: int) -> bytes:
     return target.getvalue()
 
 
-def _store(shelf: FrameShelf, files: list[OutputFile], cancelled: threading.Event, job: str) -> None:
+def _store(
+    shelf: FrameShelf, writer: SegmentWriter, files: list[OutputFile], cancelled: threading.Event, job: str
+) -> None:
     """Fetch the frames, some at a time, and write them in order."""
     some = 4 * FETCHES
     with ThreadPoolExecutor(FETCHES, thread_name_prefix="frames") as pool:
@@ -227,4 +229,4 @@ def _store(shelf: FrameShelf, files: list[OutputFile], cancelled: threading.Even
             if cancelled.is_set():
                 raise JobCancelled(job)
             part = files[start : start + some]
-            shelf.store([], part, list(pool.map(shelf.fetch, part)))
+            shelf.store(writer, [], part, list(pool.map(shelf.fetch, part)))

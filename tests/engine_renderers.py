@@ -11,7 +11,13 @@ from pathlib import Path
 
 from pipeline.comfy_client import ComfyClient
 from pipeline.dispatch import Lanes
-from pipeline.messages import RenderedSegment, RendererInfo, SegmentProgress, SegmentTask
+from pipeline.messages import (
+    RenderedSegment,
+    RendererInfo,
+    SegmentProgress,
+    SegmentTask,
+    WindowCheckpoint,
+)
 from pipeline.segment import render_segment
 
 
@@ -37,19 +43,31 @@ class EngineRenderers:
         return self._threads.submit(self._render, task, lane)
 
     def _render(self, task: SegmentTask, lane: int) -> RenderedSegment:
+        windows: list[WindowCheckpoint] = []
         with tempfile.TemporaryDirectory() as folder:
-            files, seconds, nodes = render_segment(
+            seconds, nodes = render_segment(
                 task,
                 ComfyClient(self._url),
-                Path(folder) / "segment",
+                Path(folder) / "window",
                 report=lambda _: None,
                 discard=lambda _: None,
                 cancelled=self._stop,
                 silent_after=30,
+                keep=windows.append,
             )
-            return RenderedSegment(
-                task.index, lane, "here", task.attempt, files.to_arrays(), seconds, dict(nodes)
-            )
+        return RenderedSegment(
+            index=task.index,
+            lane=lane,
+            node="here",
+            attempt=task.attempt,
+            windows=tuple(windows),
+            window_seconds=seconds,
+            nodes=dict(nodes),
+            left=len(task.windows) - task.first - len(seconds),
+        )
+
+    def windows(self, lane: int, segment: int, first: int) -> Sequence[WindowCheckpoint]:
+        return ()
 
     def progress(self) -> Sequence[SegmentProgress]:
         return ()

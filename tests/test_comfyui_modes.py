@@ -22,12 +22,13 @@ from pipeline import motion_frames
 from pipeline.comfy_client import ComfyClient
 from pipeline.errors import GraphError
 from pipeline.frames import read_stack
-from pipeline.messages import NodeRuns, Recipe, SegmentTask
+from pipeline.messages import NodeRuns, Recipe, SegmentTask, WindowCheckpoint
 from pipeline.segment import render_segment
 from pipeline.workflow import Graph, load
 from tests.comfyui_process import NEEDS_COMFYUI
 from tests.draft_process import Engine
 from tests.test_comfyui import LOADERS
+from tests.test_segment import joined
 
 pytestmark = NEEDS_COMFYUI
 SIZE, LENGTH, MOTION = 64, 17, 9
@@ -206,15 +207,18 @@ def test_a_segment_has_the_exact_length_and_encodes_once(comfy: Comfy, tmp_path:
         speech_2=tracks[1] if two else (),
         masks=(png_of(half(left=True)), png_of(half(left=False))) if two else (),
     )
-    files, _, nodes = render_segment(
+    windows: list[WindowCheckpoint] = []
+    _, nodes = render_segment(
         task,
         comfy.client,
-        tmp_path / "segment",
+        tmp_path / "window",
         report=lambda _: None,
         discard=lambda _: None,
         cancelled=threading.Event(),
         silent_after=300,
+        keep=windows.append,
     )
+    files = joined(windows, tmp_path / "segment")
     assert len(read_stack(files.path("head"), frames)) == frames
     assert nodes["CLIPTextEncode"] == NodeRuns(ran=2, cached=2)  # the prompt and the negative one
     assert nodes["CLIPVisionEncode"] == NodeRuns(ran=1, cached=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from pipeline.dispatch import Lanes, render_all
 from pipeline.errors import GraphError, JobCancelled, RendererLost, RenderFailed, StorageError
-from pipeline.messages import RenderedSegment, RendererInfo, SegmentProgress
+from pipeline.messages import RenderedSegment, RendererInfo, SegmentProgress, WindowCheckpoint
 from pipeline.plan import Segment
 
 Work = Callable[[int, int, int], None]
@@ -27,6 +28,8 @@ class ThreadRenderers:
         self._threads = ThreadPoolExecutor(8)
         self.log: list[tuple[int, int, int]] = []
         self.cancelled = threading.Event()
+        self.windows_of_a_task = 20
+        self.rendered: Counter[int] = Counter()
 
     def start(self) -> Sequence[RendererInfo]:
         return ()
@@ -40,11 +43,16 @@ class ThreadRenderers:
         def run() -> RenderedSegment:
             self.log.append((segment.index, attempt, lane))
             self._work(segment.index, attempt, lane)
-            return RenderedSegment(segment.index, lane, "here", attempt, {}, (1.0,), {})
+            self.rendered[segment.index] += self.windows_of_a_task
+            left = max(0, len(segment.windows) - self.rendered[segment.index])
+            return RenderedSegment(segment.index, lane, "here", attempt, (), (1.0,), {}, left)
 
         return self._threads.submit(run)
 
     def progress(self) -> Sequence[SegmentProgress]:
+        return ()
+
+    def windows(self, lane: int, segment: int, first: int) -> Sequence[WindowCheckpoint]:
         return ()
 
     def cancel(self) -> None:
@@ -109,6 +117,20 @@ def test_a_lost_segment_gets_another_try_on_another_lane() -> None:
     assert sorted(indices) == [0, 1]
     first, second = [lane for segment, _, lane in renderers.log if segment == 1]
     assert first != second
+
+
+def test_a_long_segment_is_several_tasks_and_losses_count_for_each() -> None:
+    """Five windows in tasks of two are three tasks; a loss in each of them ends nothing with two attempts."""
+
+    def work(_segment: int, attempt: int, _lane: int) -> None:
+        if attempt == 1:
+            raise RendererLost(0, "bad luck")
+
+    renderers = ThreadRenderers(work, 2)
+    renderers.windows_of_a_task = 2
+    done = render_all(segments(5), lambda s, n: (s, n), renderers, 2, lambda _: None)  # type: ignore[arg-type, return-value]
+    assert [rendered.left for rendered in done] == [3, 1, 0]
+    assert [attempt for _, attempt, _ in renderers.log] == [1, 2, 1, 2, 1, 2]
 
 
 def test_attempts_are_bounded_and_the_last_reason_is_told() -> None:

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -239,7 +240,7 @@ def test_a_signal_cancels_and_the_same_command_goes_on(
     first.process.send_signal(signal.SIGINT)  # impatience changes nothing
     assert first.finish(30) == 130
     assert first.result["error"] == "JobCancelled"
-    assert "finished segments are kept" in first.log
+    assert "what is finished is kept" in first.log
     assert "Traceback" not in first.log
     assert wait_gone(pids, 10) == []
     assert not output.exists()
@@ -258,12 +259,16 @@ def test_a_killed_driver_leaves_nothing_running(
     tmp_path: Path,
     processes_with: ProcessesWith,
     wait_gone: WaitGone,
+    talk: tuple[Command, Path, Path],
 ) -> None:
-    """kill -9 of the driver in the middle of a window: engines and guards are gone within seconds."""
-    command = render(
-        "--audio", speech_of(300), "-o", tmp_path / "talk.mp4", draft_args="--draft-window-seconds 30"
-    )
+    """kill -9 of the driver in a second window: engines and guards are gone within seconds.
+
+    The same command then renders no finished window again, and gives the frames of an undisturbed run.
+    """
+    arguments = ("--audio", speech_of(300), "-o", tmp_path / "talk.mp4", "--gpus", 2)
+    command = render(*arguments, draft_args="--draft-window-seconds 3")
     command.wait_for("created 2 segments")
+    wait_for_window(tmp_path, 0)
     pids = processes_with(str(tmp_path / "scratch"))
     ours = [pid for pid in pids if re.search("pipeline|ray::Renderer", command_line(pid))]
     assert len(ours) == 6  # two renderers, two guards, two engines
@@ -276,28 +281,84 @@ def test_a_killed_driver_leaves_nothing_running(
     assert wait_gone(pids, 10) == []
     assert not list(command.scratch.glob("infinitetalk-engine-*"))
     assert not (tmp_path / "talk.mp4").exists()
+    kept = len(list(tmp_path.glob(".infinitetalk/*/segments/*.windows/00????/")))
+    again = render(*arguments)
+    assert again.finish() == 0, again.log
+    assert re.search(r"segment \d goes on after window \d of 3", again.log)
+    assert again.result["nodes"]["KSampler"]["ran"] == 6 - kept
+    assert np.array_equal(decoded(tmp_path / "talk.mp4"), decoded(talk[1]))
 
 
 def test_an_engine_killed_in_the_middle_costs_one_more_try(
-    render: Callable[..., Command], speech_of: SpeechOf, tmp_path: Path
+    render: Callable[..., Command], speech_of: SpeechOf, tmp_path: Path, talk: tuple[Command, Path, Path]
 ) -> None:
-    """An engine that crashes in its second window is replaced, and the video is whole."""
+    """Engines that crash in their second windows are replaced; finished windows are not rendered again.
+
+    The frames are those of an undisturbed run, bit by bit.
+    """
     output = tmp_path / "talk.mp4"
     command = render(
-        "--audio", speech_of(400), "-o", output, "--gpus", 2, draft_args="--draft-window-seconds 1"
+        "--audio", speech_of(300), "-o", output, "--gpus", 2, draft_args="--draft-window-seconds 3"
     )
-    command.wait_for("windows [1-9]")
-    engines = [
-        int(entry.name)
-        for entry in Path("/proc").iterdir()
-        if entry.name.isdecimal() and is_engine(entry, str(command.scratch))
-    ]
+    wait_for_window(tmp_path, 0)
+    engines = engines_of(command)
     assert len(engines) == 2
     os.kill(engines[0], signal.SIGKILL)
     assert command.finish() == 0, command.log
     assert "gets another try" in command.log
     assert "died with exit code -9" in command.log
-    assert len(decoded(output)) == 400
+    (kept,) = re.findall(r"segment \d goes on after window (\d) of 3", command.log)
+    assert command.result["nodes"]["KSampler"]["ran"] == 6 - int(kept) < 6  # the lost task's do not count
+    assert np.array_equal(decoded(output), decoded(talk[1]))
+
+
+def test_exact_is_one_chain_through_a_crash(
+    render: Callable[..., Command], speech_of: SpeechOf, tmp_path: Path
+) -> None:
+    """--continuity exact has no seam, and one renderer that goes on where another died changes no frame."""
+    whole, output = tmp_path / "whole.mp4", tmp_path / "talk.mp4"
+    arguments = ("--audio", speech_of(250), "--continuity", "exact")
+    alone = render(*arguments, "-o", whole, "--gpus", 1)
+    assert alone.finish() == 0, alone.log
+    assert (alone.result["seams"], alone.result["segments_processed"]) == ([], 1)
+    assert alone.result["nodes"]["KSampler"]["ran"] == 4
+    assert len(decoded(whole)) == 250
+    command = render(*arguments, "-o", output, "--gpus", 2, draft_args="--draft-window-seconds 2")
+    assert "1 of 2 GPUs" in command.wait_for("continuity exact: 1 chain")
+    wait_for_window(tmp_path, 0)
+    (busy,) = [pid for pid in engines_of(command) if any((base_directory(pid) / "input").glob("*.wav"))]
+    os.kill(busy, signal.SIGKILL)
+    assert command.finish() == 0, command.log
+    assert re.search(r"segment 0 goes on after window [1-3] of 4", command.log)
+    assert command.result["gpu_count"] == 1
+    assert np.array_equal(decoded(output), decoded(whole))
+
+
+def wait_for_window(folder: Path, window: int, seconds: float = 60) -> None:
+    """Wait until this window of every segment that is planned is stored in the job's directory."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        plans = list(folder.glob(".infinitetalk/*/plan.json"))
+        count = len(json.loads(plans[0].read_text())["segments"]) if plans else 1
+        if len(list(folder.glob(f".infinitetalk/*/segments/*.windows/{window:06d}/"))) == count:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"window {window} was not stored within {seconds} s")
+
+
+def base_directory(engine: int) -> Path:
+    """The folder of an engine."""
+    words = command_line(engine).split()
+    return Path(words[words.index("--base-directory") + 1])
+
+
+def engines_of(command: Command) -> list[int]:
+    """Pids of the engines of a run."""
+    return [
+        int(entry.name)
+        for entry in Path("/proc").iterdir()
+        if entry.name.isdecimal() and is_engine(entry, str(command.scratch))
+    ]
 
 
 def command_line(pid: int) -> str:

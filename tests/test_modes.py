@@ -18,12 +18,14 @@ from pipeline.engine import RunningEngine, choose_engine, running_engine
 from pipeline.errors import GraphError
 from pipeline.frames import read_stack
 from pipeline.job import JobDirectory
+from pipeline.messages import WindowCheckpoint
 from pipeline.plan import Plan, calculate_segments
 from pipeline.preparation import prepare
 from pipeline.request import RenderRequest
 from pipeline.segment import render_segment
 from pipeline.settings import Settings
 from pipeline.workflow import load
+from tests.test_segment import joined
 
 WIDTH, HEIGHT = 256, 128
 FRAMES = 160
@@ -83,15 +85,18 @@ def render(
     rendered: Rendered = []
     for segment in plan.segments:
         task = replace(prepared.task(recipe, plan, segment, 1), head=segment.frames, tail=0)
-        files, *_ = render_segment(
+        windows: list[WindowCheckpoint] = []
+        render_segment(
             task,
             ComfyClient(engine.url),
-            folder / f"segment-{segment.index}",
+            folder / "window",
             report=lambda _: None,
             discard=lambda _: None,
             cancelled=threading.Event(),
             silent_after=30,
+            keep=windows.append,
         )
+        files = joined(windows, folder / f"segment-{segment.index}")
         rendered.append((segment.start, read_stack(files.path("head"), segment.frames)))
     return plan, rendered
 

@@ -22,6 +22,7 @@ from pipeline.plan import (
     WARM_UP,
     Plan,
     calculate_segments,
+    chain_segments,
     latents,
     naive_segments,
 )
@@ -495,3 +496,38 @@ def test_no_overlap_can_be_wider_and_no_window_can_go(job: dict[str, Any]) -> No
             plan.makespan(job["speeds"]),
             len(plan.segments),
         )
+
+
+@EXAMPLES
+@given(st.integers(1, 100_000), st.integers(1, 9))
+def test_one_chain_has_no_seam(frames: int, gpus: int) -> None:
+    """Without a bound all is one segment on one GPU, as the planner makes it for one GPU without a cap."""
+    plan = chain_segments(frames, gpus)
+    check(plan, MIN_OVERLAP, frames)
+    assert len(plan.segments) == 1
+    assert plan.makespan() == pytest.approx(plan.single)
+    assert plan.segments == calculate_segments(frames, 1, max_windows=10**6).segments
+
+
+@EXAMPLES
+@given(st.integers(1, 20_000), st.integers(1, 9), st.integers(81, 4000), st.integers(9, 80))
+def test_chains_are_bounded_and_few(frames: int, gpus: int, longest: int, overlap: int) -> None:
+    """No chain is longer, one chain fewer could not cover the video, and all GPUs have their share."""
+    if max(81, 2 * overlap) > longest - 3 and frames > longest:
+        return
+    plan = chain_segments(frames, gpus, max_frames=longest, overlap_frames=overlap)
+    check(plan, overlap, frames)
+    count = len(plan.segments)
+    assert all(s.frames <= longest for s in plan.segments)
+    assert count == 1 or (count - 1) * (longest - 3 - overlap) < frames - overlap
+    per_gpu = Counter(s.gpu for s in plan.segments)
+    assert max(per_gpu.values()) - min(per_gpu.get(gpu, 0) for gpu in range(min(gpus, count))) <= 1
+
+
+def test_chains_too_short_for_their_seams_are_refused() -> None:
+    """The bound has to leave room for two overlaps; the message says which one would do."""
+    assert [s.gpu for s in chain_segments(1000, 2, max_frames=400).segments] == [0, 1, 0]
+    with pytest.raises(InvalidRequest, match=r"max_chain_seconds: must be at least 6\.44 s"):
+        chain_segments(1000, 2, max_frames=150, overlap_frames=80)
+    with pytest.raises(InvalidRequest, match="overlap_frames"):
+        chain_segments(1000, 2, overlap_frames=81)

@@ -12,12 +12,14 @@ import pytest
 import ray
 
 from actors.pool import RendererPool
+from pipeline.draft.stamp import read_stamp
 from pipeline.errors import EngineError, JobCancelled, OutOfMemory, RendererLost
+from pipeline.frames import read_stack
 from pipeline.messages import NodeRuns
-from pipeline.segment_files import SegmentFiles
+from pipeline.segment import rest
 from pipeline.settings import Settings
 from pipeline.workflow import load
-from tests.test_segment import SIZE, START, task_of, wav
+from tests.test_segment import FRAMES, SIZE, START, joined, task_of, wav
 
 WaitGone = Callable[[Iterable[int], float], list[int]]
 SHORT = {"frames": 81, "head": 81, "windows": (81,), "speech": (wav(START, 81),)}
@@ -69,7 +71,7 @@ def test_each_renderer_owns_an_engine_of_its_own(
     assert len({info.port for info in infos}) == 2
     rendered = pool.submit(task_of(portrait, **SHORT), 1).result(60)
     assert (rendered.index, rendered.lane, len(rendered.window_seconds)) == (3, 1, 1)
-    stored = SegmentFiles.store(tmp_path / "segment", rendered.files)
+    stored = joined(rendered.windows, tmp_path)
     assert (stored.frames["head"], stored.width) == (81, SIZE)
     pool.close()
     pids = [pid for info in infos for pid in (info.pid, info.guard_pid, info.engine_pid)]
@@ -80,19 +82,25 @@ def test_each_renderer_owns_an_engine_of_its_own(
 def test_a_killed_renderer_takes_its_engine_along_and_is_replaced(
     open_pool: Callable[..., RendererPool], portrait: Path, tmp_path: Path, wait_gone: WaitGone
 ) -> None:
-    """kill -9 of the actor in a window: RendererLost, nothing left, and the lane works again."""
-    pool = open_pool(1, "--draft-window-seconds 3")
+    """kill -9 of the actor in its second window: nothing of it is left, and the lane renders the rest."""
+    pool = open_pool(1, "--draft-window-seconds 1.5")
     (info,) = pool.start()
-    work = pool.submit(task_of(portrait, **SHORT), 0)
-    while not pool.progress():
+    task = task_of(portrait)
+    work = pool.submit(task, 0)
+    while not (first := pool.windows(0, task.index, 0)):
         assert not work.done()
+    assert [window.window for window in first] == [0]
+    assert pool.windows(0, task.index, 1) == ()  # it was let go
     os.kill(info.pid, signal.SIGKILL)
     with pytest.raises(RendererLost, match="the renderer of GPU 0 is gone"):
         work.result(30)
     assert wait_gone([info.pid, info.engine_pid, info.guard_pid], 10) == []
     (fresh,) = pool.start()
     assert fresh.pid != info.pid
-    assert pool.submit(task_of(portrait, **SHORT), 0).result(60).index == 3
+    others = pool.submit(rest(task, first[0]), 0).result(60)
+    assert (others.nodes["KSampler"].ran, others.left) == (2, 0)
+    frames = read_stack(joined([*first, *others.windows], tmp_path).path("head"), FRAMES)
+    assert [stamp.frame for stamp in map(read_stamp, frames) if stamp] == list(range(FRAMES))
     assert len(list(tmp_path.glob("infinitetalk-engine-*"))) == 1
 
 
@@ -121,6 +129,14 @@ def test_out_of_memory_gets_one_more_try(open_pool: Callable[..., RendererPool],
     rendered = pool.submit(task_of(portrait, **SHORT), 0).result(60)
     assert rendered.nodes["UNETLoader"] == NodeRuns(ran=1)  # /free: nothing was left of the first try
     assert pool.start()[0].pid == info.pid
+
+
+def test_out_of_memory_costs_one_window_only(open_pool: Callable[..., RendererPool], portrait: Path) -> None:
+    """Out of memory in the second window: the second try goes on with it."""
+    pool = open_pool(1, "--draft-fault oom@2")
+    rendered = pool.submit(task_of(portrait), 0).result(60)
+    assert [window.window for window in rendered.windows] == [0, 1, 2]
+    assert (rendered.nodes["KSampler"].ran, rendered.left) == (2, 0)
 
 
 def test_models_stay_warm_between_jobs(open_pool: Callable[..., RendererPool], portrait: Path) -> None:

@@ -31,6 +31,16 @@ def test_waiting_segments_go_to_the_emptiest_lane() -> None:
     assert JobProgress("j", "rendering", 1, states).eta_seconds == 50.0
 
 
+def test_windows_of_an_earlier_start_are_done_but_were_not_timed() -> None:
+    """A waiting segment with two of its four windows kept takes two; times are those of the last ones."""
+    short = Segment(1, 270, 372, (81, 45), 1)
+    states = (
+        SegmentState(short, "finished", None, 2, 0.0, (12.0,)),  # 12 latents: 1 s each
+        SegmentState(FOUR, "waiting", None, 2),
+    )
+    assert JobProgress("j", "rendering", 1, states).eta_seconds == 2 * 21.0
+
+
 def test_progress_is_a_share_of_the_cost() -> None:
     """Done windows and the fraction of the current one count by their latent frames."""
     half = SegmentState(FOUR, "rendering", 0, 2, 0.0)

@@ -65,6 +65,12 @@ TWO = {"image": "a.png", "audio_2": "c.wav"}
         ({**TWO, "audio_order": "never"}, "audio_order", "together"),
         ({"image": "a.png", "size": "480p", "width": 640}, "size", "width"),
         ({"image": "a.png", "aspect": "1:1", "height": 640}, "aspect", "height"),
+        (
+            {"image": "a.png", "max_chain_seconds": 60},
+            "max_chain_seconds",
+            "only together with continuity exact",
+        ),
+        ({"image": "a.png", "continuity": "exact", "max_chain_seconds": 3}, "max_chain_seconds", "3.24"),
         ({"image": "a.png", "cfg": 5.0}, "cfg", ""),
         ({"image": "a.png", "preset": "best"}, "preset", "quality"),
     ],
@@ -75,6 +81,14 @@ def test_what_does_not_fit_together_is_refused(fields: dict[str, object], field:
         RenderRequest.checked(audio="b.wav", **fields)
     assert caught.value.field == field
     assert words in caught.value.reason
+
+
+def test_chains_are_bounded_in_whole_frames() -> None:
+    """3.24 s are a window of 81 frames, whatever the binary fraction says."""
+    base = {"image": "a.png", "audio": "b.wav", "continuity": "exact"}
+    bounds = [RenderRequest.checked(**base, max_chain_seconds=s).max_chain_frames for s in (3.24, 8.12, 60)]
+    assert bounds == [81, 203, 1500]
+    assert RenderRequest.checked(**base).max_chain_frames is None
 
 
 def test_sizes_and_presets() -> None:

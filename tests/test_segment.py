@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import threading
 import wave
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +16,10 @@ from pipeline.comfy_client import ComfyClient
 from pipeline.draft.stamp import read_stamp
 from pipeline.engine import RunningEngine, choose_engine, discard_outputs, running_engine
 from pipeline.errors import GraphError, JobCancelled
-from pipeline.frames import read_stack
-from pipeline.messages import Recipe, SegmentProgress, SegmentTask
-from pipeline.segment import render_segment
+from pipeline.frames import check_video, read_frames, read_stack
+from pipeline.messages import Recipe, SegmentProgress, SegmentTask, WindowCheckpoint
+from pipeline.segment import render_segment, rest, window_parts
+from pipeline.segment_files import SegmentFiles, join_windows
 from pipeline.settings import Settings
 from pipeline.workflow import load
 
@@ -70,9 +71,32 @@ def task_of(portrait: Path, **changes: object) -> SegmentTask:
     return SegmentTask(**fields)  # type: ignore[arg-type]
 
 
+def joined(windows: Sequence[WindowCheckpoint], folder: Path) -> SegmentFiles:
+    """The segment that these windows make in ``folder``."""
+    parts = [SegmentFiles.store(folder / f"window-{w.window}", w.files) for w in windows]
+    return join_windows(parts, folder / "whole", folder)
+
+
+def checkpoints(engine: RunningEngine, task: SegmentTask, folder: Path) -> list[WindowCheckpoint]:
+    """The windows of ``task``."""
+    windows: list[WindowCheckpoint] = []
+    render_segment(
+        task,
+        ComfyClient(engine.url),
+        folder / "window",
+        report=lambda _: None,
+        discard=lambda fetched: discard_outputs(engine, fetched),
+        cancelled=threading.Event(),
+        silent_after=20,
+        keep=windows.append,
+    )
+    return windows
+
+
 def run(engine: RunningEngine, task: SegmentTask, folder: Path) -> tuple[np.ndarray, list[SegmentProgress]]:
     seen: list[SegmentProgress] = []
-    files, seconds, nodes = render_segment(
+    windows: list[WindowCheckpoint] = []
+    seconds, nodes = render_segment(
         task,
         ComfyClient(engine.url),
         folder / "segment",
@@ -80,7 +104,9 @@ def run(engine: RunningEngine, task: SegmentTask, folder: Path) -> tuple[np.ndar
         discard=lambda fetched: discard_outputs(engine, fetched),
         cancelled=threading.Event(),
         silent_after=20,
+        keep=windows.append,
     )
+    assert not (folder / "segment").exists()
     assert len(seconds) == len(task.windows)
     sampler = nodes["KSampler"]
     assert sampler.ran + sampler.cached == len(task.windows)
@@ -88,7 +114,7 @@ def run(engine: RunningEngine, task: SegmentTask, folder: Path) -> tuple[np.ndar
         for once in ("CLIPTextEncode", "CLIPVisionEncode", "UNETLoader"):
             assert nodes[once].ran <= 1
             assert nodes[once].cached >= len(task.windows) - 1
-    return read_stack(files.path("head"), task.head), seen
+    return read_stack(joined(windows, folder).path("head"), task.head), seen
 
 
 def test_windows_continue_each_other_and_hear_their_own_time(
@@ -118,6 +144,25 @@ def test_the_same_task_gives_the_same_pixels(engine: RunningEngine, portrait: Pa
     other, _ = run(engine, task_of(portrait, **short, index=4), tmp_path / "c")
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
+
+
+def test_a_task_goes_on_from_any_window(engine: RunningEngine, portrait: Path, tmp_path: Path) -> None:
+    """The windows after a checkpoint are those of an unbroken run, bit by bit, in all three files."""
+    task = task_of(portrait, head=26, tail=40)  # the tail begins in the second window
+    windows = checkpoints(engine, task, tmp_path)
+    assert [sum(parts) for parts in window_parts(task)] == [81, 72, 12]
+    again = checkpoints(engine, rest(task, windows[0]), tmp_path)
+    last = checkpoints(engine, rest(rest(task, windows[0]), again[0]), tmp_path)
+    whole = joined(windows, tmp_path)
+    pieces = joined([windows[0], again[0], last[0]], tmp_path / "pieces")
+    for part, frames in whole.frames.items():
+        assert np.array_equal(read_stack(whole.path(part), frames), read_stack(pieces.path(part), frames))
+    assert whole.frames == {"head": 26, "body": FRAMES - 66, "tail": 40}
+    check_video(whole.path("body"), FRAMES - 66)
+    parts = [list(read_frames(tmp_path / f"window-{number}" / "body.mp4")) for number in (0, 1)]
+    assert np.array_equal(np.stack(list(read_frames(whole.path("body")))), np.stack([*parts[0], *parts[1]]))
+    stamps = [read_stamp(frame) for frame in read_stack(whole.path("tail"), 40)]
+    assert [stamp.frame for stamp in stamps if stamp] == list(range(FRAMES - 40, FRAMES))
 
 
 def test_a_window_that_gives_too_few_frames_is_an_error(
@@ -163,6 +208,7 @@ def test_cancelling_stops_a_window_within_two_seconds(portrait: Path, tmp_path: 
                 discard=lambda _: None,
                 cancelled=cancelled,
                 silent_after=20,
+                keep=lambda _: None,
             )
         idle = threading.Event()
         for _ in range(20):
