@@ -113,10 +113,13 @@ class ComfyClient:
         for path, body in (("/queue", {"delete": [prompt_id]}), ("/interrupt", {"prompt_id": prompt_id})):
             self._accepted(self._request("POST", path, json=body, timeout=ANSWER_SECONDS))
 
-    def free(self, *, unload_models: bool = True, free_memory: bool = True) -> None:
-        """Ask the engine to let go of models and of cached outputs; it does so after the running prompt."""
-        body = {"unload_models": unload_models, "free_memory": free_memory}
-        self._accepted(self._request("POST", "/free", json=body))
+    def free(self) -> None:
+        """Ask the engine to let go of models and of cached outputs; it does so after the running prompt.
+
+        ``free_memory`` unloads the models as well.  ``unload_models`` beside it would be a second flag: an
+        idle ComfyUI wakes up for the first one, and sees the second only after the next prompt.
+        """
+        self._accepted(self._request("POST", "/free", json={"free_memory": True}))
 
     def run(
         self,

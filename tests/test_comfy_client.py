@@ -288,11 +288,11 @@ def test_uploads_and_views(engine: ComfyClient) -> None:
 
 
 def test_what_the_engine_says_of_itself(engine: ComfyClient) -> None:
-    """A schema of a known class, nothing for an unknown one, a version, and free takes its two words."""
+    """A schema of a known class, nothing for an unknown one, a version, and free is taken."""
     assert "KSampler" in engine.object_info("KSampler")
     assert engine.object_info("NoSuchNode") == {}
     assert engine.version()
-    engine.free(unload_models=True, free_memory=True)
+    engine.free()
 
 
 # --- an engine in trouble --------------------------------------------------------------------------------
