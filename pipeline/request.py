@@ -22,6 +22,7 @@ Box = tuple[int, int, int, int]
 
 AudioOrder = Literal["together", "in_turns"]
 Preset = Literal["fast", "quality"]
+Family = Literal["native", "wrapper"]
 SeamMethod = Literal["morph", "crossfade", "cut"]
 SizeName = Literal["480p", "720p"]
 Aspect = Literal["16:9", "9:16", "1:1", "4:3", "3:4"]
@@ -87,6 +88,10 @@ class RenderRequest(BaseModel):
     lora: str | None = Field(default=None, min_length=1, max_length=300)
     """File of another few-step LoRA in ComfyUI's ``loras`` folder."""
     lora_strength: float | None = Field(default=None, ge=-10, le=10)
+    workflow_family: Family = "native"
+    """Whose nodes render: ComfyUI's own, or ComfyUI-WanVideoWrapper's (docs/workflows.md)."""
+    force_offload: bool | None = None
+    """Wrapper family only: whether the model leaves the GPU after a segment; default: by the GPU's memory."""
     max_frames: int | None = Field(default=None, ge=1)
     """The video's length is the speech's, or this many frames (25 a second) if that is less."""
     audio_start: float = Field(default=0.0, ge=0, allow_inf_nan=False)

@@ -68,7 +68,9 @@ def as_schema(node: Any) -> dict[str, Any]:
 
 
 def all_schemas() -> Schemas:
-    wrapped: dict[str, Any] = json.loads((ROOT / "tests" / "schemas_wrapper.json").read_text())["nodes"]
+    wrapped: dict[str, Any] = json.loads((ROOT / "pipeline" / "draft" / "schemas_wrapper.json").read_text())[
+        "nodes"
+    ]
     ours: dict[str, Any] = {}
     if PACK.is_dir():
         sys.path.insert(0, str(PACK.parent))
@@ -303,7 +305,7 @@ def test_a_mistyped_slot_names_file_node_and_input(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", sorted(json.loads((ROOT / "tests" / "schemas_wrapper.json").read_text())["nodes"])
+    "name", sorted(json.loads((ROOT / "pipeline" / "draft" / "schemas_wrapper.json").read_text())["nodes"])
 )
 def test_the_written_schemas_are_used_and_consistent(name: str) -> None:
     """Every schema belongs to a node of a graph, and each default is in its own range."""
