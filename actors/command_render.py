@@ -87,7 +87,7 @@ def add_command(commands: Any) -> None:
     )
     model.add_argument("--steps", type=int, metavar="N", help="another number of steps")
     model.add_argument(
-        "--shift", type=float, metavar="X", help="of the noise schedule (default: 8, wrapper family 11)"
+        "--shift", type=float, metavar="X", help="of the noise schedule (default: 8; wrapper: 11)"
     )
     model.add_argument(
         "--audio-scale", type=float, metavar="X", help="how much the speech moves the face (default: 1)"

@@ -68,9 +68,8 @@ def render(
     engine = engine_kind(settings)
     workflow = choose_workflow(request, settings)
     if settings.ray_address == "local":
-        choose_engine(
-            settings, packs_of(json.loads(workflow.text))
-        )  # what is wrong with it is told before anything starts
+        # What is wrong with it is told before anything starts.
+        choose_engine(settings, packs_of(json.loads(workflow.text)))
     if engine == "draft":
         log.warning("DRAFT ENGINE: this is a preview that moves the portrait, not the InfiniteTalk model")
     ffmpeg.binary()  # none: an error now, not after an hour of rendering

@@ -92,6 +92,7 @@ class Preparation:
         context: tuple[int, ...] = ()
         if recipe.workflow.has("context"):
             context = tuple(min(SPEECH_MARGIN, start) for start in starts)
+        speech: list[tuple[bytes, ...]]
         if recipe.workflow.whole_segments:
             speech = [(cut_speech(track.path, segment.start, segment.rendered, 1),) for track in self.speech]
         else:
