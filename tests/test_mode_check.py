@@ -61,7 +61,7 @@ def test_a_mode_is_refused_with_names_and_remedies(client: ComfyClient) -> None:
 
 
 def test_nodes_of_a_pack_name_the_pack(client: ComfyClient) -> None:
-    """A class of the wrapper's pack that the engine lacks leads to the pack, and the sentence says so once."""
+    """A class of the wrapper's pack that the engine lacks leads to the pack; the sentence says so once."""
     text = (Path(__file__).parent.parent / "workflows" / "wrapper_image_single.json").read_text()
     assert check_graph(client, json.loads(text)) == ()
     graph = json.loads(text.replace("WanVideoSampler", "WanVideoSampler2").replace("VAELoader", "VAELoader2"))
