@@ -18,6 +18,7 @@ from pipeline.request import (
     Aspect,
     AudioOrder,
     Continuity,
+    Family,
     Preset,
     RenderRequest,
     SeamMethod,
@@ -86,12 +87,25 @@ def add_command(commands: Any) -> None:
         help="6 or 8 sampler steps (default: %(default)s)",
     )
     model.add_argument("--steps", type=int, metavar="N", help="another number of steps")
-    model.add_argument("--shift", type=float, metavar="X", help="of the noise schedule (default: 8)")
+    model.add_argument(
+        "--shift", type=float, metavar="X", help="of the noise schedule (default: 8; wrapper: 11)"
+    )
     model.add_argument(
         "--audio-scale", type=float, metavar="X", help="how much the speech moves the face (default: 1)"
     )
     model.add_argument("--lora", metavar="FILE", help="another few-step LoRA of ComfyUI's loras folder")
     model.add_argument("--lora-strength", type=float, metavar="X", help="(default: 1)")
+    model.add_argument(
+        "--workflow-family",
+        choices=get_args(Family),
+        default="native",
+        help="ComfyUI's own nodes, or ComfyUI-WanVideoWrapper's (default: %(default)s)",
+    )
+    model.add_argument(
+        "--force-offload",
+        action=argparse.BooleanOptionalAction,
+        help="wrapper family only: the model leaves the GPU after a segment (default: by its memory)",
+    )
     machine = command.add_argument_group("machine")
     machine.add_argument("--gpus", type=int, metavar="N", help="use N GPUs (default: all; 2 draft renderers)")
     machine.add_argument("--no-multi-gpu", action="store_true", help="render on one GPU")
@@ -141,6 +155,8 @@ def run(options: argparse.Namespace) -> int:
                 audio_scale=options.audio_scale,
                 lora=options.lora,
                 lora_strength=options.lora_strength,
+                workflow_family=options.workflow_family,
+                force_offload=options.force_offload,
                 max_frames=options.max_frames,
                 audio_start=options.audio_start,
                 audio_end=options.audio_end,

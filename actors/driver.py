@@ -5,6 +5,7 @@ Puts together what others know: ``cluster`` and ``pool`` here, the story itself 
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import tempfile
@@ -19,6 +20,7 @@ from pipeline.dispatch import Renderers
 from pipeline.engine import choose_engine, engine_kind
 from pipeline.errors import ConfigurationError, InvalidRequest, JobCancelled, PipelineError, StorageError
 from pipeline.job import JobDirectory, job_id, storage_errors
+from pipeline.models import packs_of
 from pipeline.plan import Plan
 from pipeline.redo import Redone, Side, redo
 from pipeline.render import OnProgress, render_video
@@ -26,6 +28,7 @@ from pipeline.request import RenderRequest
 from pipeline.result import RenderResult
 from pipeline.settings import Settings
 from pipeline.workflow import Workflow, load
+from pipeline.workflow_family import WRAPPER, workflow_for
 
 FREE_BYTES = 200 << 20
 """Less free space than this in the output's folder is refused at the start."""
@@ -66,11 +69,12 @@ def render(
     """
     check_gpus(gpus)
     engine = engine_kind(settings)
+    workflow = choose_workflow(request, settings)
     if settings.ray_address == "local":
-        choose_engine(settings)  # what is wrong with it is told before anything starts
+        # What is wrong with it is told before anything starts.
+        choose_engine(settings, packs_of(json.loads(workflow.text)))
     if engine == "draft":
         log.warning("DRAFT ENGINE: this is a preview that moves the portrait, not the InfiniteTalk model")
-    workflow = choose_workflow(request, settings)
     ffmpeg.binary()  # none: an error now, not after an hour of rendering
     mark = job_id(request, _engine_mark(settings), workflow.text)
     name = name or mark
@@ -162,12 +166,16 @@ def redo_part(
 
 
 def choose_workflow(request: RenderRequest, settings: Settings) -> Workflow:
-    """The graph for a request.  One graph serves portraits and source videos: only the pictures differ.
+    """The graph for a request.  In the native family one serves portraits and source videos.
 
     Raises ``ConfigurationError`` for two speakers without the node pack.
     """
     if request.negative_prompt:
         log.warning("the negative prompt changes nothing: the model runs at cfg 1, where it is not read")
+    if request.workflow_family == WRAPPER:
+        return load(*workflow_for(WRAPPER, request.input_type, request.person_count))
+    if request.force_offload is not None:
+        log.warning("force_offload changes nothing: only the wrapper family's nodes have it")
     if settings.node_pack:
         return load("talk_single" if request.audio_2 is None else "talk_multi")
     if request.audio_2 is not None:

@@ -6,6 +6,7 @@ Nobody repairs a renderer: when its engine is lost, the pool drops it and makes 
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
@@ -40,8 +41,10 @@ from pipeline.messages import (
     WindowCheckpoint,
 )
 from pipeline.mode_check import require_mode
+from pipeline.models import packs_of
 from pipeline.segment import render_segment, rest
 from pipeline.settings import Settings
+from pipeline.wrapper_segment import render_segment as render_whole_segment
 
 DIED_WITHIN_SECONDS = 2.0
 """A request fails before the guard has told of the engine's death; this long is waited for the word."""
@@ -64,6 +67,7 @@ class Renderer:
         self._device: Device | None = None
         self._profile: profiles.Profile | None = None
         self._workflow: str | None = None
+        self._packs: tuple[str, ...] = ()
         self._cancelled = threading.Event()
         self._progress: SegmentProgress | None = None
         self._last: WindowCheckpoint | None = None
@@ -102,7 +106,7 @@ class Renderer:
         if self._engine is None or self._client is None:
             if self._device is None:
                 self._device, self._profile = self._look_at_the_gpu()
-            program = choose_engine(self._settings)  # on this node: paths are the node's own
+            program = choose_engine(self._settings, self._packs)  # on this node: paths are the node's own
             if self._profile is not None:
                 program = replace(program, command=(*program.command, *self._profile.flags))
             self._engine = self._open.enter_context(running_engine(program, self._settings))
@@ -128,6 +132,7 @@ class Renderer:
         """
         self._cancelled.clear()
         self._last, self._windows = None, {}
+        self._load_packs(task)
         client, _ = self._started()
         if self._workflow not in (None, task.recipe.workflow.file):
             client.free()  # other models: the old ones would stay in memory beside them
@@ -145,6 +150,14 @@ class Renderer:
             width, height = task.recipe.width, task.recipe.height
             raise OutOfMemory(again.node, f"{again.reason}; {profiles.advice(width, height)}") from None
 
+    def _load_packs(self, task: SegmentTask) -> None:
+        """A new engine where the graph needs packs of nodes that this one was started without."""
+        packs = packs_of(json.loads(task.recipe.workflow.text))
+        if engine_kind(self._settings) == "comfyui" and not set(packs) <= set(self._packs):
+            self._open.close()
+            self._engine = self._client = self._workflow = None
+            self._packs = packs
+
     def _take_less(self) -> None:
         """Unload everything; where a smaller profile has other flags, a new engine with those."""
         client, _ = self._started()
@@ -159,12 +172,14 @@ class Renderer:
     def _render(self, task: SegmentTask) -> RenderedSegment:
         client, engine = self._started()
         began = time.monotonic()
+        task = self._with_memory_presets(task)
+        run = render_whole_segment if task.recipe.workflow.whole_segments else render_segment
         try:
             with (
                 storage_errors(self._settings.scratch),
                 tempfile.TemporaryDirectory(prefix="segment-", dir=engine.base_dir) as folder,
             ):
-                seconds, nodes = render_segment(
+                seconds, nodes = run(
                     task,
                     client,
                     Path(folder) / "window",
@@ -199,6 +214,17 @@ class Renderer:
             nodes=nodes,
             left=len(task.windows) - task.first - len(seconds),
         )
+
+    def _with_memory_presets(self, task: SegmentTask) -> SegmentTask:
+        """What the GPU's profile says of the wrapper's slots, unless the request has said it."""
+        if self._profile is None or not task.recipe.workflow.has("blocks_to_swap"):
+            return task
+        known = {
+            "blocks_to_swap": self._profile.blocks_to_swap,
+            "force_offload": self._profile.force_offload,
+        }
+        presets = tuple({**known, **dict(task.recipe.presets)}.items())
+        return replace(task, recipe=replace(task.recipe, presets=presets))
 
     def _report(self, progress: SegmentProgress) -> None:
         self._progress = progress

@@ -79,8 +79,10 @@ def steps(wanted: Wanted, *, uvx: str | None, cache: Path) -> tuple[Step, ...]:
     )
     for pack in wanted.packs:
         place = wanted.folder / "custom_nodes" / pack.name
-        found.append(Step(f"nodes: {pack.name}", ("git", "clone", "--depth", "1", pack.url, str(place))))
+        found.append(Step(f"nodes: {pack.name}", ("git", "clone", pack.url, str(place))))
+        at = ("git", "-C", str(place), "checkout", "--detach", pack.commit)
+        found.append(Step(f"{pack.name} as the graphs were written for", at))
         python = str(wanted.folder / ".venv" / "bin" / "python")
-        needs = (python, "-m", "pip", "install", "-r", str(place / "requirements.txt"))
+        needs = (python, "-m", "pip", "install", "-r", str(place / "requirements.txt"), "torchaudio")
         found.append(Step(f"packages of {pack.name}", needs))
     return tuple(found)

@@ -57,6 +57,8 @@ class EngineProgram:
     """The folder of the weights; None: the program needs none."""
     node_pack: bool = False
     """Whether it shall load ``NODE_PACK``."""
+    packs: tuple[Path, ...] = ()
+    """Folders of other packs of nodes that it shall load."""
 
     @property
     def title(self) -> str:
@@ -76,8 +78,11 @@ def runs_on_cpu(settings: Settings) -> bool:
     return engine_kind(settings) == "draft" or "--cpu" in settings.comfyui_flags
 
 
-def choose_engine(settings: Settings) -> EngineProgram:
+def choose_engine(settings: Settings, packs: tuple[str, ...] = ()) -> EngineProgram:
     """The program on this machine that the settings ask for.
+
+    ``packs``: folders of the checkout's ``custom_nodes`` that ComfyUI shall load too; the draft engine has
+    their nodes of its own.
 
     A configured but unusable ComfyUI is a ``ConfigurationError``, never a silent draft.
     """
@@ -106,21 +111,33 @@ def choose_engine(settings: Settings) -> EngineProgram:
         "--disable-auto-launch",
         "--disable-metadata",
         "--disable-api-nodes",
-        *_node_flags(settings.comfyui_flags, settings.node_pack),
+        *_node_flags(settings.comfyui_flags, settings.node_pack, packs),
     )
-    return EngineProgram("comfyui", command, checkout, models, settings.node_pack)
+    places = tuple(_pack_folder(checkout, name) for name in packs)
+    return EngineProgram("comfyui", command, checkout, models, settings.node_pack, places)
 
 
-def _node_flags(flags: list[str], node_pack: bool) -> list[str]:
+def _pack_folder(checkout: Path, name: str) -> Path:
+    folder = checkout / "custom_nodes" / name
+    if not (folder / "__init__.py").is_file():
+        raise ConfigurationError(
+            f"{name} is not in {checkout / 'custom_nodes'}; "
+            "infinitetalk comfyui install --family wrapper shows how to get it"
+        )
+    return folder
+
+
+def _node_flags(flags: list[str], node_pack: bool, packs: tuple[str, ...] = ()) -> list[str]:
     """An operator's flags after ours: no custom node but our own pack and what the operator lists."""
     listed = "--whitelist-custom-nodes"
     ours = ["--disable-all-custom-nodes"]
-    if not node_pack:
+    names = [*([NODE_PACK.name] if node_pack else []), *packs]
+    if not names:
         return [*ours, *flags]
     if listed in flags:  # the last such flag counts alone
         place = len(flags) - flags[::-1].index(listed)
-        return [*ours, *flags[:place], NODE_PACK.name, *flags[place:]]
-    return [*ours, listed, NODE_PACK.name, *flags]
+        return [*ours, *flags[:place], *names, *flags[place:]]
+    return [*ours, listed, *names, *flags]
 
 
 def _comfyui_python(settings: Settings, checkout: Path) -> Path:
@@ -295,6 +312,8 @@ def _folders(program: EngineProgram, settings: Settings, port: int) -> tuple[Pat
         if program.models is not None:
             # A link, not --models-directory: ComfyUI 0.11 has no such flag.
             (base_dir / "models").symlink_to(program.models)
+        for pack in program.packs:
+            (base_dir / "custom_nodes" / pack.name).symlink_to(pack)
         if program.node_pack:
             (base_dir / "custom_nodes" / NODE_PACK.name).symlink_to(NODE_PACK)
     except OSError as error:

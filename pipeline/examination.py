@@ -61,8 +61,9 @@ def examine(
     try:
         with ExitStack() as stack:
             if url is None:
+                packs = tuple(pack.name for pack in manifest().packs if family in pack.families)
                 on_wait("starting ComfyUI")
-                url = stack.enter_context(running_engine(choose_engine(settings), settings)).url
+                url = stack.enter_context(running_engine(choose_engine(settings, packs), settings)).url
             yield from _comfyui(ComfyClient(url), url, family, modes, on_gpu)
     except EngineError as error:
         yield Check("ComfyUI", "fail", str(error), _engine_remedy(error))

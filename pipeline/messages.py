@@ -52,7 +52,8 @@ class SegmentTask:
     """PNG of the picture that conditions each window of this task; one for all, or one for each."""
     speech: tuple[bytes, ...]
     """WAV of each window's own time (16 kHz mono), for the windows of this task; its first sample is
-    ``context`` frames before the window's frame 0."""
+    ``context`` frames before the window's frame 0.  One for all windows where a prompt renders the whole
+    segment."""
     attempt: int = 1
     context: tuple[int, ...] = ()
     """Frames of each window's speech that lie before it; none for workflows without such a slot."""

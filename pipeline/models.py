@@ -62,6 +62,8 @@ class Pack:
     classes: tuple[str, ...]
     """How the names of its node classes begin."""
     families: tuple[str, ...]
+    commit: str
+    """What is installed; the one that the graphs were written from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,12 @@ class Manifest:
         return next((pack for pack in self.packs if node.startswith(pack.classes)), None)
 
 
+def packs_of(graph: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
+    """Names of the packs of custom nodes that a graph in API format needs."""
+    packs = (manifest().pack_of(str(node["class_type"])) for node in graph.values())
+    return tuple(sorted({pack.name for pack in packs if pack is not None}))
+
+
 @cache
 def manifest() -> Manifest:
     """The manifest that comes with the program."""
@@ -113,7 +121,13 @@ def parse(text: str) -> Manifest:
         }
         weights = tuple(_weight(entry, modes) for entry in data["weights"])
         packs = tuple(
-            Pack(entry["name"], entry["url"], tuple(entry["classes"]), tuple(entry["families"]))
+            Pack(
+                entry["name"],
+                entry["url"],
+                tuple(entry["classes"]),
+                tuple(entry["families"]),
+                entry["commit"],
+            )
             for entry in data["packs"]
         )
     except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:

@@ -71,7 +71,9 @@ class Preparation:
     def recipe(self, request: RenderRequest, job: str, workflow: Workflow, plan: Plan) -> Recipe:
         """What all segments share."""
         steps = request.sampler_steps
-        presets = ("shift", "audio_scale", "lora", "lora_strength")
+        presets = ["shift", "audio_scale", "lora", "lora_strength"]
+        if workflow.has("force_offload"):
+            presets.append("force_offload")
         given = {name: getattr(request, name) for name in presets}
         return Recipe(
             job=job,
@@ -105,7 +107,11 @@ class Preparation:
         context: tuple[int, ...] = ()
         if recipe.workflow.has("context"):
             context = tuple(min(SPEECH_MARGIN, start) for start in starts)
-        speech = [self._cuts(track, starts, windows, context) for track in self.speech]
+        speech: list[tuple[bytes, ...]]
+        if recipe.workflow.whole_segments:
+            speech = [(cut_speech(track.path, segment.start, segment.rendered, 1),) for track in self.speech]
+        else:
+            speech = [self._cuts(track, starts, windows, context) for track in self.speech]
         return SegmentTask(
             recipe=recipe,
             index=segment.index,

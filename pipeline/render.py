@@ -79,7 +79,7 @@ def render_video(
                     infos = renderers.start()
                     _log_devices(infos)
                     clock.lap("start")
-                    plan = known or _plan(request, prepared, len(infos), make_plan)
+                    plan = known or _plan(request, prepared, len(infos), make_plan, workflow)
                     if missing is None:
                         job.forget_segments()  # of a plan that is gone
                         job.write_json(job.plan, plan.to_json())
@@ -154,7 +154,11 @@ def _in_background(work: Callable[[threading.Event], T]) -> Iterator[Future[T]]:
 
 
 def _plan(
-    request: RenderRequest, prepared: Preparation, lanes: int, make_plan: Callable[[int, int], Plan] | None
+    request: RenderRequest,
+    prepared: Preparation,
+    lanes: int,
+    make_plan: Callable[[int, int], Plan] | None,
+    workflow: Workflow,
 ) -> Plan:
     if make_plan is not None:
         return make_plan(prepared.total_frames, lanes)
@@ -169,6 +173,7 @@ def _plan(
         prepared.total_frames,
         lanes,
         overlap_frames=request.overlap_frames,
+        partial_windows=not workflow.whole_segments,  # its node has no shorter windows
         use_multi_gpu=request.use_multi_gpu,
         pauses=find_pauses([track.path for track in prepared.speech], prepared.total_frames),
     )

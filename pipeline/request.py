@@ -23,6 +23,7 @@ Box = tuple[int, int, int, int]
 AudioOrder = Literal["together", "in_turns"]
 Continuity = Literal["segments", "exact"]
 Preset = Literal["fast", "quality"]
+Family = Literal["native", "wrapper"]
 SeamMethod = Literal["morph", "crossfade", "cut"]
 SizeName = Literal["480p", "720p"]
 Aspect = Literal["16:9", "9:16", "1:1", "4:3", "3:4"]
@@ -88,6 +89,10 @@ class RenderRequest(BaseModel):
     lora: str | None = Field(default=None, min_length=1, max_length=300)
     """File of another few-step LoRA in ComfyUI's ``loras`` folder."""
     lora_strength: float | None = Field(default=None, ge=-10, le=10)
+    workflow_family: Family = "native"
+    """Whose nodes render: ComfyUI's own, or ComfyUI-WanVideoWrapper's (docs/workflows.md)."""
+    force_offload: bool | None = None
+    """Wrapper family only: whether the model leaves the GPU after a segment; default: by the GPU's memory."""
     max_frames: int | None = Field(default=None, ge=1)
     """The video's length is the speech's, or this many frames (25 a second) if that is less."""
     audio_start: float = Field(default=0.0, ge=0, allow_inf_nan=False)
@@ -130,6 +135,10 @@ class RenderRequest(BaseModel):
             raise _refused("audio_end", f"{self.audio_end} s is not after audio_start, {self.audio_start} s")
         if self.audio_2 is not None and (self.audio_start or self.audio_end is not None):
             raise _refused("audio_start" if self.audio_start else "audio_end", "only with one speaker")
+        if self.continuity == "exact" and self.workflow_family == "wrapper":
+            raise _refused(
+                "continuity", "exact needs the native family: the wrapper continues no chain"
+            )
         if self.max_chain_seconds is not None and self.continuity != "exact":
             raise _refused("max_chain_seconds", "only together with continuity exact")
         if (self.size or self.aspect) and (self.width or self.height):

@@ -83,6 +83,11 @@ class Workflow:
         """Whether there is such a slot."""
         return any(known.name == slot for known in self.slots)
 
+    @property
+    def whole_segments(self) -> bool:
+        """Whether one prompt renders all windows of a segment (the wrapper's nodes), not one window."""
+        return self.has("frames_total")
+
     def slot_node(self, slot: str) -> str:
         """Id of the node that holds ``slot``; the outputs of a run are listed by it.
 

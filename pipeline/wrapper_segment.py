@@ -13,6 +13,7 @@ import threading
 import time
 import uuid
 import wave
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from pipeline.comfy_client import ComfyClient
 from pipeline.comfy_events import PromptProgress
 from pipeline.errors import GraphError, JobCancelled, MediaError, WorkflowError
 from pipeline.frame_shelf import Discard, FrameShelf, count_nodes, upload, window_seed
-from pipeline.messages import NodeRuns, SegmentProgress, SegmentTask
+from pipeline.messages import NodeRuns, SegmentProgress, SegmentTask, WindowCheckpoint
 from pipeline.segment import Report
 from pipeline.segment_files import Frame, SegmentFiles, SegmentWriter
 from pipeline.timeline import SAMPLES_PER_FRAME
@@ -66,8 +67,9 @@ def render_segment(
     discard: Discard,
     cancelled: threading.Event,
     silent_after: float,
-) -> tuple[SegmentFiles, tuple[float, ...], dict[str, NodeRuns]]:
-    """Render ``task`` into ``folder``: the files, the seconds of each window, what ran.
+    keep: Callable[[WindowCheckpoint], None],
+) -> tuple[tuple[float, ...], dict[str, NodeRuns]]:
+    """Render ``task`` in ``folder`` and hand it to ``keep`` in one piece: seconds of each window, what ran.
 
     ``task.speech`` (and ``speech_2``) hold one WAV that begins with the segment and lasts for all frames of
     all windows; ``portraits`` one picture for all windows, or one for each.  Raises ``GraphError``,
@@ -110,7 +112,8 @@ def render_segment(
     discard(files[task.frames :])
     nodes: dict[str, NodeRuns] = {}
     count_nodes(nodes, graph, clock.seen)
-    return SegmentFiles.in_folder(folder), clock.finish(), nodes
+    keep(WindowCheckpoint(task.index, 0, SegmentFiles.in_folder(folder).to_arrays(), None))
+    return clock.finish(), nodes
 
 
 def single_prompt(prompt: str) -> str:

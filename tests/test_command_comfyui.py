@@ -103,5 +103,11 @@ def test_the_wrapper_family_adds_its_nodes(tmp_path: Path) -> None:
     """Its pack is cloned into the checkout and its packages go into the checkout's environment."""
     folder = tmp_path / "comfy"
     made = steps(Wanted(folder, packs=manifest().packs), uvx="uvx", cache=tmp_path)
-    assert [step.command[0] for step in made] == ["env", "git", str(folder / ".venv" / "bin" / "python")]
+    assert [step.command[0] for step in made] == [
+        "env",
+        "git",
+        "git",
+        str(folder / ".venv" / "bin" / "python"),
+    ]
     assert made[1].command[-1] == str(folder / "custom_nodes" / "ComfyUI-WanVideoWrapper")
+    assert made[2].command[-1] == manifest().packs[0].commit

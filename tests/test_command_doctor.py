@@ -49,13 +49,15 @@ def test_a_machine_for_drafts_is_healthy(capsys: pytest.CaptureFixture[str]) -> 
 def test_a_running_engine_is_asked(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With --url its version and every mode are lines; a family that it lacks nodes for fails with 3."""
+    """With --url its version and every mode are lines; a wanted mode that it lacks nodes for fails with 3."""
     monkeypatch.setenv("INFINITETALK_COMFYUI_ARGS", "--cpu")
     with draft_engine(tmp_path / "engine") as engine:
         code = cli.main(["doctor", "--url", engine.url, "--json"])
         native = json.loads(capsys.readouterr().out)["checks"]
-        assert cli.main(["doctor", "--url", engine.url, "--family", "wrapper", "--mode", "image_single"]) == 3
+        assert cli.main(["doctor", "--url", engine.url, "--mode", "image_multi"]) == 3
         said = capsys.readouterr().out
+        assert cli.main(["doctor", "--url", engine.url, "--family", "wrapper", "--mode", "image_single"]) == 0
+        assert "mode image_single (wrapper)" in capsys.readouterr().out
     modes = [check for check in native if check["name"].startswith("mode ")]
     assert [check["name"] for check in modes] == [
         "mode image_single",
@@ -65,8 +67,7 @@ def test_a_running_engine_is_asked(
     ]
     assert modes[0]["level"] in ("pass", "warn"), modes[0]  # whether the engine has our nodes or not
     assert code == int(any(check["level"] == "fail" for check in native)) * 3
-    assert "mode image_single (wrapper)" in said
-    assert "install ComfyUI-WanVideoWrapper (https" in said
+    assert "node InfiniteTalkSpeech" in said
     assert said.rstrip().endswith("1 fail")
 
 

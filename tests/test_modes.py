@@ -1,4 +1,4 @@
-"""The four modes on the draft engine, every segment of a plan, without Ray: whose mouth moves, and when."""
+"""The four modes of both families on the draft engine: whose mouth moves, and when."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from actors.driver import choose_workflow, renderer_pool
+from actors.driver import render as render_job
+from actors.pool import RendererPool
 from pipeline.comfy_client import ComfyClient
 from pipeline.engine import RunningEngine, choose_engine, running_engine
 from pipeline.errors import GraphError
@@ -238,3 +241,81 @@ def test_two_speakers_need_the_nodes(tmp_path: Path, couple: Path) -> None:
         pytest.raises(GraphError, match=r"InfiniteTalkSpeech|slot: context"),
     ):
         render(bare, request, tmp_path, "talk_multi")
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RendererPool]:
+    """Two draft renderers of one Ray session for all wrapper modes."""
+    scratch = tmp_path_factory.mktemp("pool")
+    settings = Settings(engine="draft", scratch_dir=scratch, ports="18470-18489")
+    with renderer_pool(settings, 2) as running:
+        yield running
+
+
+def still_video(path: Path, picture: Path, width: int) -> Path:
+    """Ten seconds of one picture."""
+    with Image.open(picture) as opened:
+        pixels = np.asarray(opened.convert("RGB").resize((width, HEIGHT)))
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = width, HEIGHT, "yuv420p"
+        for _ in range(250):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize("source", ["image", "video"])
+@pytest.mark.parametrize("people", ["single", "multi"])
+def test_wrapper_modes_give_the_exact_video(
+    pool: RendererPool, portrait: Path, couple: Path, tmp_path: Path, source: str, people: str
+) -> None:
+    """Through driver, Ray and stitching: every frame is there, and each mouth moves with its speech."""
+    two = people == "multi"
+    picture, width = (couple, WIDTH) if two else (portrait, HEIGHT)
+    if source == "video":
+        picture = still_video(tmp_path / "source.mp4", picture, width)
+    first = speech(tmp_path / "1.wav", FRAMES, turns(FRAMES))
+    second = speech(tmp_path / "2.wav", FRAMES, np.roll(turns(FRAMES), 10))
+    more = {"audio_2": second} if two else {}
+    request = RenderRequest.checked(
+        **{source: picture}, audio=first, width=width, height=HEIGHT, workflow_family="wrapper", **more
+    )
+    settings = Settings(engine="draft", scratch_dir=tmp_path)
+    assert choose_workflow(request, settings).file == f"wrapper_{source}_{people}.json"
+    result = render_job(
+        request,
+        settings,
+        tmp_path / "talk.mp4",
+        job_dir=tmp_path / "job",
+        pool=pool,
+        on_progress=lambda _: None,
+    )
+    plan = JobDirectory(tmp_path / "job").stored_plan()
+    assert plan is not None
+    assert len(plan.segments) == 2
+    assert {length for segment in plan.segments for length in segment.windows} == {81}
+    assert result.nodes["WanVideoSampler"].ran == 2
+    with av.open(str(tmp_path / "talk.mp4")) as container:
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    assert len(frames) == result.frames == FRAMES
+    for side, track in enumerate([first, second] if two else [first]):
+        assert follows(openings(frames, side), loudness(track)) > 0.5, side
+
+
+def test_force_offload_is_the_wrappers(
+    portrait: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It reaches the wrapper's graph; the native family renders without it and says so."""
+    heard = speech(tmp_path / "1.wav", 40, np.ones(40))
+    for family in ("wrapper", "native"):
+        request = RenderRequest.checked(
+            image=portrait, audio=heard, workflow_family=family, force_offload=False, width=64, height=64
+        )
+        job = JobDirectory(tmp_path / family)
+        with job.locked():
+            prepared = prepare(request, job)
+        workflow = choose_workflow(request, Settings(engine="draft"))
+        recipe = prepared.recipe(request, "job", workflow, calculate_segments(prepared.total_frames, 1))
+        assert (("force_offload", False) in recipe.presets) == (family == "wrapper")
+    assert "force_offload changes nothing" in caplog.text

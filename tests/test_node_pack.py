@@ -17,6 +17,8 @@ import pytest
 import requests
 
 from pipeline.engine import NODE_PACK, choose_engine, running_engine
+from pipeline.errors import ConfigurationError
+from pipeline.models import packs_of
 from pipeline.settings import Settings
 from tests.conftest import ROOT
 from tests.draft_process import changed, draft_engine, window
@@ -44,6 +46,25 @@ def test_both_engines_are_told_to_load_it(tmp_path: Path) -> None:
     more = {**common, "comfyui_args": "--lowvram --whitelist-custom-nodes other --cpu"}
     command = " ".join(choose_engine(Settings.model_validate(more)).command)
     assert command.endswith("--lowvram --whitelist-custom-nodes infinitetalk_ray other --cpu")
+
+
+def test_comfyui_loads_a_pack_that_a_graph_needs(tmp_path: Path) -> None:
+    """The wrapper's folder is whitelisted and linked from the checkout; without it the remedy is named."""
+    (tmp_path / "main.py").touch()
+    (tmp_path / "models").mkdir()
+    settings = Settings(comfyui_dir=tmp_path, comfyui_python=Path(sys.executable))
+    packs = packs_of(json.loads((ROOT / "workflows" / "wrapper_image_single.json").read_text()))
+    assert packs == ("ComfyUI-WanVideoWrapper",)
+    with pytest.raises(ConfigurationError, match="comfyui install --family wrapper"):
+        choose_engine(settings, packs)
+    folder = tmp_path / "custom_nodes" / packs[0]
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").touch()
+    program = choose_engine(settings, packs)
+    words = "--whitelist-custom-nodes infinitetalk_ray ComfyUI-WanVideoWrapper"
+    assert words in " ".join(program.command)
+    assert program.packs == (folder,)
+    assert packs[0] not in " ".join(choose_engine(settings).command)
 
 
 def test_the_draft_engine_offers_it_through_the_link(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Every graph of every family against the schemas of its nodes, in milliseconds and without an engine.
 
-Schemas: the draft engine's recordings of ComfyUI, ``schemas_wrapper.json`` for the wrapper's nodes, and what
-our own node pack says of itself.
+Schemas: the draft engine's recordings of ComfyUI, what it has of the wrapper's nodes from their source, and
+what our own node pack says of itself.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pytest
 
 from pipeline import workflow as native
 from pipeline import workflow_family as wrapper
-from pipeline.draft.schemas import SCHEMAS
+from pipeline.draft.schemas import SCHEMAS, WRAPPER_SCHEMAS
 from pipeline.errors import InvalidRequest, WorkflowError
 from pipeline.graph_check import Schemas, problems
 from pipeline.workflow import Graph, SlotNames, Workflow, load
@@ -68,7 +68,6 @@ def as_schema(node: Any) -> dict[str, Any]:
 
 
 def all_schemas() -> Schemas:
-    wrapped: dict[str, Any] = json.loads((ROOT / "tests" / "schemas_wrapper.json").read_text())["nodes"]
     ours: dict[str, Any] = {}
     if PACK.is_dir():
         sys.path.insert(0, str(PACK.parent))
@@ -77,7 +76,7 @@ def all_schemas() -> Schemas:
         finally:
             sys.path.remove(str(PACK.parent))
         ours = {name: as_schema(node) for name, node in pack.NODE_CLASS_MAPPINGS.items()}
-    return wrapped | SCHEMAS | ours
+    return SCHEMAS | ours
 
 
 ALL = all_schemas()
@@ -302,9 +301,7 @@ def test_a_mistyped_slot_names_file_node_and_input(tmp_path: Path) -> None:
         opened(path)
 
 
-@pytest.mark.parametrize(
-    "name", sorted(json.loads((ROOT / "tests" / "schemas_wrapper.json").read_text())["nodes"])
-)
+@pytest.mark.parametrize("name", sorted(WRAPPER_SCHEMAS))
 def test_the_written_schemas_are_used_and_consistent(name: str) -> None:
     """Every schema belongs to a node of a graph, and each default is in its own range."""
     used = {node["class_type"] for path in WORKFLOWS for node in json.loads(path.read_text()).values()}

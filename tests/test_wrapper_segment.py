@@ -21,7 +21,8 @@ from pipeline.comfy_client import ComfyClient
 from pipeline.comfy_events import PromptProgress
 from pipeline.errors import GraphError, JobCancelled, WorkflowError
 from pipeline.frames import read_stack
-from pipeline.messages import Recipe, SegmentProgress, SegmentTask
+from pipeline.messages import Recipe, SegmentProgress, SegmentTask, WindowCheckpoint
+from pipeline.segment_files import SegmentFiles
 from pipeline.workflow import Graph, load
 from pipeline.workflow_family import workflow_for
 from pipeline.wrapper_segment import EXTRA_SAMPLES, render_segment, rendered_frames, window_count
@@ -132,7 +133,8 @@ def run(
 ) -> tuple[np.ndarray, list[SegmentProgress], list[OutputFile]]:
     seen: list[SegmentProgress] = []
     gone: list[OutputFile] = []
-    files, seconds, nodes = render_segment(
+    windows: list[WindowCheckpoint] = []
+    seconds, nodes = render_segment(
         task,
         engine,
         folder / "segment",
@@ -140,7 +142,10 @@ def run(
         discard=gone.extend,
         cancelled=cancelled or threading.Event(),
         silent_after=5,
+        keep=windows.append,
     )
+    [whole] = windows
+    files = SegmentFiles.store(folder / "whole", whole.files)
     assert len(seconds) == seen[-1].windows_done
     assert nodes["WanVideoSampler"].ran == 1
     return read_stack(files.path("head"), task.head), seen, gone

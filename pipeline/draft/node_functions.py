@@ -149,9 +149,9 @@ class NodeFunctions:
         motion = None if previous is None else media.fit(previous[-count:], width, height)
         audio_start = 0 if previous is None else len(previous) - count
         picture = media.fit((previous if start is None else start[:1])[-1:], width, height)[0]
-        puppet, faces = self._puppet(picture, masks)
+        puppet, faces = self.puppet(picture, masks)
         scale = abs(inputs["audio_scale"])
-        voices = _voices(faces, speech, audio_start, length, scale)
+        voices = voices_of(faces, speech, audio_start, length, scale)
         window = Window(puppet, voices, length, 0, motion)
         model = replace(inputs["model"], window=window, audio_scale=scale)
         latent = Latent(width, height, length)
@@ -159,7 +159,7 @@ class NodeFunctions:
             (model, inputs["positive"], inputs["negative"], latent, count if motion is not None else 0)
         )
 
-    def _puppet(self, picture: Frames, masks: list[NDArray[np.float32]]) -> tuple[Puppet, tuple[Face, ...]]:
+    def puppet(self, picture: Frames, masks: list[NDArray[np.float32]]) -> tuple[Puppet, tuple[Face, ...]]:
         """The puppet of a start image; kept, because a chain's windows share it."""
         digest = hashlib.sha256(str(picture.shape).encode() + picture.tobytes())
         for mask in masks:
@@ -189,7 +189,7 @@ class NodeFunctions:
         drawing, done = draw_window(window), 0
         for step in range(steps):
             if step == steps // 2:
-                _misbehave(context)
+                misbehave(context)
             until = window.length * (step + 1) // steps
             for frame in itertools.islice(drawing, until - done):
                 frames[done] = frame
@@ -244,7 +244,8 @@ class Pace:
         context.wait(self._start + self.seconds * step / self.steps - time.monotonic())
 
 
-def _misbehave(context: Context) -> None:
+def misbehave(context: Context) -> None:
+    """Do what ``--draft-fault`` asked of this prompt."""
     if "crash" in context.faults:
         os.kill(os.getpid(), signal.SIGKILL)
     if "silent" in context.faults:
@@ -317,9 +318,10 @@ def _speakers(mode: str, inputs: Inputs) -> tuple[list[NDArray[np.float32]], lis
     return [first, np.concatenate([np.zeros(len(first), np.float32), second])], masks
 
 
-def _voices(
+def voices_of(
     faces: Sequence[Face], speech: Sequence[NDArray[np.float32]], first: int, length: int, scale: float
 ) -> tuple[Voice, ...]:
+    """Each face with its openings in the frames [first, first + length)."""
     heard = [np.clip(track[first : first + length] * scale, 0, 1) for track in speech]
     return tuple(Voice(face, part) for face, part in zip(faces, heard, strict=True))
 
@@ -335,7 +337,7 @@ def _other_speech(inputs: Inputs, _context: Context) -> Result:
                 "ValueError", f"Speech {number} has {len(track)} frames, {context + length} are needed."
             )
     faces = [voice.face for voice in model.window.voices]
-    voices = _voices(faces, speech, context, length, model.audio_scale)
+    voices = voices_of(faces, speech, context, length, model.audio_scale)
     return Result((replace(model, window=replace(model.window, voices=voices)),))
 
 

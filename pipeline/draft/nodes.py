@@ -63,8 +63,10 @@ class DraftNodes:
     def _loaded(self) -> NodeFunctions:
         if self._functions is None:
             from pipeline.draft.node_functions import NodeFunctions
+            from pipeline.draft.wrapper_functions import wrapper_table
 
             self._functions = NodeFunctions(self._folders, self._window_seconds)
+            self._functions.table |= wrapper_table(self._functions)
         return self._functions
 
     def _digest(self, path: Path) -> str:

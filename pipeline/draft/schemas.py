@@ -32,6 +32,12 @@ MODEL_FOLDERS = {
     ("AudioEncoderLoader", "audio_encoder_name"): ("audio_encoders",),
     ("CLIPVisionLoader", "clip_name"): ("clip_vision",),
     ("LoraLoaderModelOnly", "lora_name"): ("loras",),
+    ("WanVideoModelLoader", "model"): ("diffusion_models", "unet"),
+    ("MultiTalkModelLoader", "model"): ("diffusion_models", "unet"),
+    ("WanVideoLoraSelect", "lora"): ("loras",),
+    ("WanVideoVAELoader", "model_name"): ("vae",),
+    ("WanVideoTextEncodeCached", "model_name"): ("text_encoders", "clip"),
+    ("Wav2VecModelLoader", "model"): ("wav2vec2",),
 }
 """Inputs that name a model file, and the folders below ``models`` where ComfyUI looks for it."""
 
@@ -47,6 +53,33 @@ log = logging.getLogger(__name__)
 SCHEMAS: dict[str, Schema] = json.loads(
     (resources.files("pipeline.draft") / "schemas.json").read_text("utf-8")
 )
+
+
+def _completed(name: str, known: Schema) -> Schema:
+    """A schema of ``schemas_wrapper.json`` with what ``GET /object_info`` has besides."""
+    outputs = known["output"]
+    return {
+        "input_order": {section: list(inputs) for section, inputs in known["input"].items()},
+        "is_input_list": False,
+        "output_is_list": [False] * len(outputs),
+        "output_name": outputs,
+        "name": name,
+        "display_name": name,
+        "description": "",
+        "python_module": "nodes" if name.startswith("Image") else "custom_nodes.ComfyUI-WanVideoWrapper",
+        "category": "",
+        "has_intermediate_output": False,
+        "search_aliases": [],
+        **known,
+    }
+
+
+WRAPPER_SCHEMAS: dict[str, Schema] = json.loads(
+    (resources.files("pipeline.draft") / "schemas_wrapper.json").read_text("utf-8")
+)["nodes"]
+"""Of the wrapper family's nodes, read from its public source: no running ComfyUI has told them."""
+
+SCHEMAS |= {name: _completed(name, known) for name, known in WRAPPER_SCHEMAS.items() if name not in SCHEMAS}
 
 
 def load_node_packs(folder: Path, only: Collection[str] | None = None) -> None:
