@@ -50,12 +50,16 @@ def steps(wanted: Wanted, *, uvx: str | None, cache: Path) -> tuple[Step, ...]:
     """The lines to run one after the other.
 
     ``uvx``: its path where there is one; it brings comfy-cli for the moment.  Else comfy-cli gets a venv
-    below ``cache``.  Raises ``InvalidRequest`` where something is in the way.
+    below ``cache``.  A ComfyUI that is there already only gets the packs that it lacks.
+    Raises ``InvalidRequest`` where something is in the way.
     """
     if (wanted.folder / "main.py").exists():
-        raise InvalidRequest(
-            "DIR", f"{wanted.folder} has a ComfyUI already; give another folder, or use that one"
-        )
+        missing = [pack for pack in wanted.packs if not _place(wanted, pack).exists()]
+        if not missing:
+            raise InvalidRequest(
+                "DIR", f"{wanted.folder} has a ComfyUI already; give another folder, or use that one"
+            )
+        return tuple(step for pack in missing for step in _pack_steps(wanted, pack))
     if wanted.folder.exists() and any(wanted.folder.iterdir()):
         raise InvalidRequest("DIR", f"{wanted.folder} is not empty")
     package = f"comfy-cli=={COMFY_CLI_VERSION}"
@@ -77,12 +81,24 @@ def steps(wanted: Wanted, *, uvx: str | None, cache: Path) -> tuple[Step, ...]:
     found.append(
         Step(f"ComfyUI {wanted.version}, its packages and torch", (*CLEAN, *comfy, *where, *install))
     )
-    for pack in wanted.packs:
-        place = wanted.folder / "custom_nodes" / pack.name
-        found.append(Step(f"nodes: {pack.name}", ("git", "clone", pack.url, str(place))))
-        at = ("git", "-C", str(place), "checkout", "--detach", pack.commit)
-        found.append(Step(f"{pack.name} as the graphs were written for", at))
-        python = str(wanted.folder / ".venv" / "bin" / "python")
-        needs = (python, "-m", "pip", "install", "-r", str(place / "requirements.txt"), "torchaudio")
-        found.append(Step(f"packages of {pack.name}", needs))
-    return tuple(found)
+    return (*found, *(step for pack in wanted.packs for step in _pack_steps(wanted, pack)))
+
+
+def _place(wanted: Wanted, pack: Pack) -> Path:
+    return wanted.folder / "custom_nodes" / pack.name
+
+
+def _pack_steps(wanted: Wanted, pack: Pack) -> tuple[Step, ...]:
+    """A pack of nodes into a checkout, as the graphs were written for, and what it needs into its venv."""
+    place = str(_place(wanted, pack))
+    venv = next((name for name in ("venv", ".venv") if (wanted.folder / name).exists()), ".venv")
+    python = str(wanted.folder / venv / "bin" / "python")
+    needs = (python, "-m", "pip", "install", "-r", f"{place}/requirements.txt", "torchaudio")
+    return (
+        Step(f"nodes: {pack.name}", ("git", "clone", pack.url, place)),
+        Step(
+            f"{pack.name} as the graphs were written for",
+            ("git", "-C", place, "checkout", "--detach", pack.commit),
+        ),
+        Step(f"packages of {pack.name}", needs),
+    )

@@ -122,7 +122,7 @@ def _pack_folder(checkout: Path, name: str) -> Path:
     if not (folder / "__init__.py").is_file():
         raise ConfigurationError(
             f"{name} is not in {checkout / 'custom_nodes'}; "
-            "infinitetalk comfyui install --family wrapper shows how to get it"
+            "infinitetalk comfyui install DIR --family wrapper shows how to get it"
         )
     return folder
 

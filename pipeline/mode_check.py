@@ -44,9 +44,7 @@ class Missing:
             return "infinitetalk models download"
         pack = manifest().pack_of(self.node)
         if pack is not None:
-            return (
-                f"install {pack.name} ({pack.url}); infinitetalk comfyui install --family {pack.families[0]}"
-            )
+            return f"install {pack.name} ({pack.url}); infinitetalk comfyui install DIR --family {pack.families[0]}"
         if self.node.startswith("InfiniteTalk"):
             return "a ComfyUI that this program starts has it (INFINITETALK_NODE_PACK); see docs/setup.md"
         return "ComfyUI 0.11 or newer; infinitetalk comfyui install"

@@ -136,9 +136,7 @@ class RenderRequest(BaseModel):
         if self.audio_2 is not None and (self.audio_start or self.audio_end is not None):
             raise _refused("audio_start" if self.audio_start else "audio_end", "only with one speaker")
         if self.continuity == "exact" and self.workflow_family == "wrapper":
-            raise _refused(
-                "continuity", "exact needs the native family: the wrapper continues no chain"
-            )
+            raise _refused("continuity", "exact needs the native family: the wrapper continues no chain")
         if self.max_chain_seconds is not None and self.continuity != "exact":
             raise _refused("max_chain_seconds", "only together with continuity exact")
         if (self.size or self.aspect) and (self.width or self.height):

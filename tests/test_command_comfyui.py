@@ -111,3 +111,15 @@ def test_the_wrapper_family_adds_its_nodes(tmp_path: Path) -> None:
     ]
     assert made[1].command[-1] == str(folder / "custom_nodes" / "ComfyUI-WanVideoWrapper")
     assert made[2].command[-1] == manifest().packs[0].commit
+
+
+def test_an_existing_comfyui_gets_the_nodes_it_lacks(tmp_path: Path) -> None:
+    """Only the pack's lines, with the environment that is there; once it is there, nothing is left to do."""
+    (tmp_path / "main.py").touch()
+    (tmp_path / "venv").mkdir()
+    wanted = Wanted(tmp_path, packs=manifest().packs)
+    made = steps(wanted, uvx="uvx", cache=tmp_path)
+    assert [step.command[0] for step in made] == ["git", "git", str(tmp_path / "venv" / "bin" / "python")]
+    (tmp_path / "custom_nodes" / wanted.packs[0].name).mkdir(parents=True)
+    with pytest.raises(InvalidRequest, match="already"):
+        steps(wanted, uvx="uvx", cache=tmp_path)

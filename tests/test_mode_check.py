@@ -68,4 +68,4 @@ def test_nodes_of_a_pack_name_the_pack(client: ComfyClient) -> None:
     words = in_words(check_graph(client, graph))
     assert "node WanVideoSampler2" in words
     assert words.count("https://github.com/kijai/ComfyUI-WanVideoWrapper") == 1
-    assert "comfyui install --family wrapper" in words
+    assert "comfyui install DIR --family wrapper" in words

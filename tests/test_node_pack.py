@@ -55,7 +55,7 @@ def test_comfyui_loads_a_pack_that_a_graph_needs(tmp_path: Path) -> None:
     settings = Settings(comfyui_dir=tmp_path, comfyui_python=Path(sys.executable))
     packs = packs_of(json.loads((ROOT / "workflows" / "wrapper_image_single.json").read_text()))
     assert packs == ("ComfyUI-WanVideoWrapper",)
-    with pytest.raises(ConfigurationError, match="comfyui install --family wrapper"):
+    with pytest.raises(ConfigurationError, match="comfyui install DIR --family wrapper"):
         choose_engine(settings, packs)
     folder = tmp_path / "custom_nodes" / packs[0]
     folder.mkdir(parents=True)

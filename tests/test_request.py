@@ -104,3 +104,9 @@ def test_sizes_and_presets() -> None:
     assert RenderRequest.checked(**base, size="720p").wanted_size == (None, None)
     assert [RenderRequest.checked(**base, preset=p).sampler_steps for p in ("fast", "quality")] == [None, 8]
     assert RenderRequest.checked(**base, preset="quality", steps=3).sampler_steps == 3
+
+
+def test_an_exact_chain_needs_the_native_family() -> None:
+    """The wrapper's node continues no chain: refused before any GPU starts."""
+    with pytest.raises(InvalidRequest, match=r"^continuity: exact needs the native family"):
+        RenderRequest.checked(image="a.png", audio="a.wav", continuity="exact", workflow_family="wrapper")
