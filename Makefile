@@ -5,33 +5,41 @@ BIN := .venv/bin
 # Pins of everything that the pinned packages bring along.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check bench test-comfyui chromium clean
+.PHONY: demo test check bench test-comfyui programs clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
+	$(INSTALL) -e .
+	touch $@
+
+# What only tests and measurements need; clients of the service among it.
+.venv/dev: .venv/installed
 	$(INSTALL) -e '.[dev]'
 	touch $@
 
 demo: .venv/installed
 	$(BIN)/infinitetalk render --image examples/portrait.png --audio examples/speech.wav --gpus 2 --width 512 --height 512 -o out/demo.mp4
 
-# For the test that plays a video in a browser; where it can't be installed, that test says that it is skipped.
-chromium:
-	@command -v chromium >/dev/null || if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-		apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; \
-	else false; fi || echo "no chromium: the test in a browser is skipped"
+# For the tests that use a browser and a PostgreSQL server; where they can't be installed, those tests say that
+# they are skipped.
+programs:
+	@ls /usr/bin/chromium /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 \
+	|| if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+		apt-get install -y -qq --no-install-recommends chromium postgresql >/dev/null; \
+	else false; fi || echo "no chromium or no PostgreSQL: tests that need them are skipped"
 
-test: .venv/installed chromium
+test: .venv/dev programs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest
 
-bench: .venv/installed
+bench: .venv/dev
 	$(BIN)/python -m bench.scaling
 
 # A real ComfyUI on the CPU with tiny random weights: make test-comfyui COMFYUI_DIR=... [COMFYUI_PYTHON=...]
-test-comfyui: .venv/installed
+test-comfyui: .venv/dev
 	COMFYUI_DIR="$(COMFYUI_DIR)" COMFYUI_PYTHON="$(COMFYUI_PYTHON)" $(BIN)/pytest -m comfyui tests
 
 clean:

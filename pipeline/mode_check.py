@@ -44,7 +44,8 @@ class Missing:
             return "infinitetalk models download"
         pack = manifest().pack_of(self.node)
         if pack is not None:
-            return f"install {pack.name} ({pack.url}); infinitetalk comfyui install DIR --family {pack.families[0]}"
+            command = f"infinitetalk comfyui install DIR --family {pack.families[0]}"
+            return f"install {pack.name} ({pack.url}); {command}"
         if self.node.startswith("InfiniteTalk"):
             return "a ComfyUI that this program starts has it (INFINITETALK_NODE_PACK); see docs/setup.md"
         return "ComfyUI 0.11 or newer; infinitetalk comfyui install"
