@@ -19,7 +19,8 @@ from pipeline.job_index import Job
 from pipeline.job_store import JobStore, Source
 from pipeline.portrait import FORMATS
 from pipeline.timeline import FPS
-from service.api_v1 import ERRORS, Owner, Store
+from service import api_v1
+from service.api_v1 import Owner, Store
 from service.errors import Failure
 from service.intake import Submission, submit
 from service.uploads import Inputs, discarding, read_inputs, render_fields, take_sources
@@ -74,6 +75,26 @@ class Deleted(BaseModel):
     id: str
     object: Literal["video.deleted"] = "video.deleted"
     deleted: bool = True
+
+
+class OpenAIError(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class OpenAIErrorBody(BaseModel):
+    """Every error of this API."""
+
+    error: OpenAIError
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {**told, "model": OpenAIErrorBody} for status, told in api_v1.ERRORS.items()
+}
 
 
 def error_body(failure: Failure) -> dict[str, Any]:

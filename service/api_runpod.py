@@ -20,7 +20,8 @@ from pipeline.job_index import Job
 from pipeline.job_store import JobStore
 from pipeline.request import RenderRequest
 from pipeline.runpod_words import status_body, status_of
-from service.api_v1 import ERRORS, Owner, Store
+from service import api_v1
+from service.api_v1 import Owner, Store
 from service.errors import Failure
 from service.intake import FILE_FIELDS, Submission, submit
 from service.news import News
@@ -80,6 +81,19 @@ class RunRequest(BaseModel):
     policy: Policy = Field(default_factory=Policy)
     webhook: str | None = Field(default=None, pattern="^https?://", max_length=2000)
     s3Config: S3Config | None = None
+
+
+class RunPodError(BaseModel):
+    """Every error of this API."""
+
+    error: str
+    code: str
+    field: str | None
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {**told, "model": RunPodError} for status, told in api_v1.ERRORS.items()
+}
 
 
 def error_body(failure: Failure) -> dict[str, Any]:
@@ -256,13 +270,15 @@ async def runsync(
     return await asyncio.to_thread(status_body, job, store)
 
 
-@router.api_route("/status/{job}", methods=["GET", "POST"], responses=ERRORS)
+@router.post("/status/{job}", responses=ERRORS, include_in_schema=False)
+@router.get("/status/{job}", responses=ERRORS)
 def status(endpoint: str, job: OwnJob, store: Store) -> dict[str, Any]:
     """How a job is; of a completed one, the video."""
     return status_body(job, store)
 
 
-@router.api_route("/stream/{job}", methods=["GET", "POST"], responses=ERRORS)
+@router.post("/stream/{job}", responses=ERRORS, include_in_schema=False)
+@router.get("/stream/{job}", responses=ERRORS)
 def stream(endpoint: str, job: OwnJob, store: Store) -> dict[str, Any]:
     """Progress since the last call; each piece is given once.
 
