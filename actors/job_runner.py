@@ -6,6 +6,7 @@ directories.  How a job is made is the driver's business, how far it is ``job_wa
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -18,11 +19,12 @@ from typing import Any
 import ray
 
 from actors.cluster import DEFAULT_DRAFT_LANES
-from actors.driver import render
+from actors.driver import redo_part, render
 from actors.job_watch import JobWatch
 from actors.pool import RendererPool
 from pipeline.engine import runs_on_cpu
-from pipeline.errors import ConfigurationError, InvalidRequest, JobCancelled, PipelineError
+from pipeline.errors import ConfigurationError, InvalidRequest, JobCancelled, PipelineError, RenderFailed
+from pipeline.job import JobDirectory
 from pipeline.job_index import Job
 from pipeline.job_inputs import resolve
 from pipeline.job_store import JobStore
@@ -38,6 +40,8 @@ IDLE_SECONDS = 0.2
 CLEAN_UP_SECONDS = 60.0
 LOOK_SECONDS = 1.0
 """How often an idle runner looks at its engines."""
+MAX_ATTEMPTS = 20
+"""Runners that one job may lose, or find its directory held."""
 AGAIN_SECONDS = 30.0
 """Before engines that do not start are tried again."""
 
@@ -143,28 +147,20 @@ class JobRunner:
         said: dict[str, Any] = {}
         with watch:
             try:
+                if job.attempt > MAX_ATTEMPTS:
+                    raise RenderFailed(0, f"{job.attempt - 1} runners were lost with this job")
                 if self._pool is None:
                     raise ConfigurationError(self._trouble or "there are no renderers")
-                request = resolve(store, job, watch.stop)
-                result = render(
-                    request,
-                    self._settings,
-                    store.video(job.id),
-                    job_dir=store.work(job.id),
-                    name=job.id,
-                    pool=self._pool,
-                    on_progress=watch.progress,
-                ).as_dict()
+                result = self._make(store, job, watch, self._pool)
             except JobCancelled:
                 log.info("job %s stops: %s", job.id, watch.reason, extra={"job": job.id})
                 if watch.reason == "timed_out":
                     limit = job.execution_seconds or 0
                     said = _error("timed_out", f"the job took longer than the {limit:g} s it may take")
             except InvalidRequest as error:
-                if error.field == "job":
-                    store.index.requeue(
-                        job.id, self._name
-                    )  # a runner that is not quite dead holds its directory
+                if error.field == "job" and job.attempt < MAX_ATTEMPTS:
+                    # A runner that is not quite dead holds its directory.
+                    store.index.requeue(job.id, self._name)
                 said = _error("invalid_input", str(error), error.field)
             except PipelineError as error:
                 log.error("job %s failed: %s", job.id, error, extra={"job": job.id})
@@ -184,6 +180,35 @@ class JobRunner:
                 store.index.finish(job.id, self._name, "failed", error=said)
             elif watch.reason == "stopping":
                 store.index.requeue(job.id, self._name)
+
+    def _make(self, store: JobStore, job: Job, watch: JobWatch, pool: RendererPool) -> dict[str, Any]:
+        """Do the job's task; its result."""
+        if job.task["kind"] == "redo":
+            return self._redo(store, job, watch, pool)
+        request = resolve(store, job, watch.stop)
+        return render(
+            request,
+            self._settings,
+            store.video(job.id),
+            job_dir=store.work(job.id),
+            name=job.id,
+            pool=pool,
+            on_progress=watch.progress,
+        ).as_dict()
+
+    def _redo(self, store: JobStore, job: Job, watch: JobWatch, pool: RendererPool) -> dict[str, Any]:
+        """A segment anew; one that fails costs nobody the video that is there."""
+        wanted = {name: job.task[name] for name in ("seam", "segment", "seed") if name in job.task}
+        work = store.work(job.id)
+        try:
+            done = redo_part(work, self._settings, **wanted, pool=pool, on_progress=watch.progress)
+        except JobCancelled:
+            raise
+        except PipelineError as error:
+            log.error("the redo failed: %s", error, extra={"job": job.id})
+            return {**(job.result or {}), "redo": {"success": False, "message": str(error)}}
+        result: dict[str, Any] = json.loads(JobDirectory(work).result.read_text())
+        return {**result, "redo": {k: v for k, v in done.as_dict().items() if k != "video_path"}}
 
 
 def _pool(settings: Settings) -> RendererPool:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import InvalidRequest, JobNotFound
 from pipeline.job_index import Job, JobState
@@ -254,6 +254,32 @@ def cancel(job: OwnJob, request: Request, store: Store) -> JobView:
 def retry(job: OwnJob, request: Request, store: Store) -> JobView:
     """Queue a failed or cancelled job again; what is rendered of it is kept."""
     return view(store.index.again(job.id, {"kind": "render"}, ["failed", "cancelled"]), request)
+
+
+class Redo(BaseModel):
+    """Which part shall be rendered again."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    segment: int | None = Field(default=None, ge=0, description="render it again, and keep the new take")
+    seam: int | None = Field(default=None, ge=0, description="render one side again, and keep the better")
+    seed: int | None = Field(default=None, ge=0, le=2**53, description="default: one that was not tried yet")
+
+    @model_validator(mode="after")
+    def _one_part(self) -> Redo:
+        if (self.segment is None) == (self.seam is None):
+            raise ValueError("give either a segment or a seam")
+        return self
+
+
+@router.post("/jobs/{job}/redo", status_code=202, responses=ERRORS)
+def redo(job: OwnJob, wanted: Redo, request: Request, store: Store) -> JobView:
+    """Render one segment of a completed job again with another seed; the video is joined anew.
+
+    Until that is done the video stays as it is; `result.redo` says what was kept.
+    """
+    task = {"kind": "redo", **wanted.model_dump(exclude_none=True)}
+    return view(store.index.again(job.id, task, ["completed"]), request)
 
 
 @router.delete("/jobs/{job}", status_code=204, responses=ERRORS)

@@ -20,6 +20,7 @@ from pipeline.service_settings import ServiceSettings
 from service import api_openai, api_runpod, api_v1
 from service.errors import Failure, Refused, failure_of
 from service.news import News
+from service.page_routes import add_page
 from service.tokens import Tokens
 
 ENSURE_SECONDS = 5.0
@@ -70,6 +71,7 @@ def create_app(settings: ServiceSettings, backend: Backend) -> FastAPI:
         origins = [origin.strip() for origin in settings.cors_origins.split(",")]
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     _add_health(app)
+    add_page(app)
     _answer_errors(app)
     return app
 

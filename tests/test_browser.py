@@ -49,7 +49,7 @@ def page_url(tmp_path: Path) -> Iterator[str]:
         thread.join()
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here (make chromium installs Debian's, as root)")
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here (make programs installs it, as root)")
 def test_chromium_plays_the_result_to_its_end(page_url: str) -> None:
     """Size and duration are right, the end is reached, and there is no error."""
     playwright = pytest.importorskip("playwright.sync_api")

@@ -227,6 +227,28 @@ def test_cancelling_frees_the_engines(service: Service, speech_of: Callable[[int
     service.post(f"/v1/jobs/{long}/cancel")
 
 
+def test_a_segment_is_done_again(service: Service, speech_of: Callable[[int], Path]) -> None:
+    """redo of a segment makes another video, redo of a seam that is not there leaves it as it is."""
+    job = service.submit(200, speech_of, overlap_frames=20)
+    assert service.until_over(job)["result"]["segments_processed"] == 2
+    before = service.get(f"/v1/jobs/{job}/video").content
+
+    def redo(**part: int) -> dict[str, Any]:
+        answer = service.post(f"/v1/jobs/{job}/redo", json=part)
+        assert answer.status_code == 202, answer.text
+        return service.until_over(job)
+
+    done = redo(segment=1, seed=77)
+    assert (done["state"], done["result"]["redo"]["kept"]) == ("completed", "new"), done
+    after = service.get(f"/v1/jobs/{job}/video").content
+    assert after != before
+    failed = redo(seam=5)
+    assert failed["state"] == "completed"
+    assert not failed["result"]["redo"]["success"]
+    assert service.get(f"/v1/jobs/{job}/video").content == after
+    assert service.post(f"/v1/jobs/{job}/redo", json={}).status_code == 422
+
+
 def test_a_failed_job_says_what_to_change(service: Service, speech_of: Callable[[int], Path]) -> None:
     """What only the render finds out is in the job: code, message and field."""
     silent = {"image": "http://127.0.0.1:9/x.png", "width": 64}

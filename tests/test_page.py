@@ -1,0 +1,121 @@
+"""The page in a real Chromium: upload, progress, play, cancel, errors; with a token, on a desk and a phone."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, expect, sync_playwright
+
+from tests.conftest import ROOT
+from tests.service_process import Service, running_service
+from tests.test_browser import CHROMIUM, FLAGS
+
+pytestmark = [
+    pytest.mark.timeout(180),
+    pytest.mark.skipif(
+        CHROMIUM is None, reason="no chromium here (make programs installs Debian's, as root)"
+    ),
+]
+WAIT = 60_000
+"""Milliseconds; only a broken page takes as long."""
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service whose windows take a moment."""
+    folder = tmp_path_factory.mktemp("page")
+    slow = "--draft-window-seconds 0.5"
+    with running_service(
+        folder / "data", uuid.uuid4().hex, folder / "log", INFINITETALK_DRAFT_ARGS=slow
+    ) as running:
+        yield running
+
+
+DESK, PHONE = (1100, 900), (390, 844)
+
+
+@pytest.fixture
+def page(request: pytest.FixtureRequest, service: Service) -> Iterator[Page]:
+    """The page, with Anna's token, in a window of that size; no error may reach its console."""
+    width, height = getattr(request, "param", DESK)
+    with sync_playwright() as tools:
+        browser = tools.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page = browser.new_page(viewport={"width": width, "height": height})
+        troubles: list[str] = []
+        page.on("pageerror", lambda error: troubles.append(str(error)))
+        page.goto(service.url + "/")
+        page.get_by_label("Token").fill("secret-of-anna")
+        page.get_by_label("Token").blur()
+        yield page
+        if folder := os.environ.get("PAGE_SCREENSHOTS"):
+            page.screenshot(path=Path(folder) / f"{request.node.name}.png", full_page=True)
+        browser.close()
+        assert troubles == []
+
+
+def fill(page: Page, speech: Path) -> None:
+    page.get_by_label("Portrait or video").set_input_files(ROOT / "examples" / "portrait.png")
+    page.get_by_label("Speech").set_input_files(speech)
+
+
+@pytest.mark.parametrize("page", [DESK, PHONE], ids=["desk", "phone"], indirect=True)
+def test_a_video_is_made_and_played(page: Page, speech_of: Callable[[int], Path]) -> None:
+    """From the files to a video that plays to its end, with lanes and a seam report; nothing is too wide."""
+    fill(page, speech_of(200))
+    page.get_by_role("button", name="Make the video").click()
+    expect(page.locator("#lanes .part i.done").first).to_be_visible(timeout=WAIT)
+    expect(page.locator("#summary")).to_contain_text("done: 200 frames", timeout=WAIT)
+    expect(page.locator("#seams tbody tr")).to_have_count(1)
+    expect(page.locator("#jobs .completed").first).to_be_visible()
+    shown = page.evaluate(
+        """async () => {
+            const video = document.getElementById("video");
+            video.muted = true;
+            video.playbackRate = 8;
+            await video.play();
+            await new Promise((done) => video.addEventListener("ended", done, { once: true }));
+            return [video.videoWidth > 0, Math.round(video.duration * 25), video.error];
+        }"""
+    )
+    assert shown == [True, 200, None]
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_a_job_is_cancelled_and_errors_are_told(page: Page, speech_of: Callable[[int], Path]) -> None:
+    """Cancel ends the job in the page too; a picture that is none is refused with the API's words."""
+    fill(page, speech_of(1500))
+    page.get_by_role("button", name="Make the video").click()
+    page.get_by_role("button", name="Cancel").click(timeout=WAIT)
+    expect(page.locator("#summary")).to_have_text("cancelled", timeout=WAIT)
+    expect(page.get_by_role("button", name="Try again")).to_be_visible()
+    page.get_by_label("Portrait or video").set_input_files(ROOT / "README.md")
+    page.get_by_role("button", name="Make the video").click()
+    expect(page.get_by_role("alert")).to_contain_text("no picture that can be read", timeout=WAIT)
+    page.get_by_label("Token").fill("nobody-at-all")
+    page.get_by_label("Token").blur()
+    expect(page.locator("#readiness")).to_contain_text("known token", timeout=WAIT)
+
+
+def test_boxes_are_drawn_in_pixels_of_the_picture(page: Page, speech_of: Callable[[int], Path]) -> None:
+    """With a second speaker, a box that is dragged on the preview becomes a field that can be typed too."""
+    fill(page, speech_of(20))
+    page.get_by_label("Second speaker").set_input_files(speech_of(25))
+    stage = page.locator("#drawn")
+    expect(stage).to_be_visible()
+    stage.scroll_into_view_if_needed()
+    place = stage.bounding_box()
+    assert place is not None
+    page.mouse.move(place["x"], place["y"])
+    page.mouse.down()
+    page.mouse.move(place["x"] + place["width"] / 2, place["y"] + place["height"] + 50)
+    page.mouse.up()
+    size = page.evaluate("[preview.naturalWidth, preview.naturalHeight]")
+    x0, y0, x1, y1 = map(int, page.get_by_label("Speaker 1", exact=True).input_value().split(","))
+    assert (x0, y0, y1) == (0, 0, size[1])
+    assert abs(x1 - size[0] / 2) <= 2
+    page.get_by_role("button", name="Clear boxes").click()
+    assert page.get_by_label("Speaker 1", exact=True).input_value() == ""
