@@ -1,4 +1,4 @@
-"""The page in a real Chromium: upload, progress, play, cancel, errors; with a token, on a desk and a phone."""
+"""The page in a real Chromium: upload, progress, play, cancel, errors; with a token; desk and phone."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_job_is_cancelled_and_errors_are_told(page: Page, speech_of: Callable[
     """Cancel ends the job in the page too; a picture that is none is refused with the API's words."""
     fill(page, speech_of(1500))
     page.get_by_role("button", name="Make the video").click()
-    page.get_by_role("button", name="Cancel").click(timeout=WAIT)
+    page.get_by_role("button", name="Cancel", exact=True).click(timeout=WAIT)
     expect(page.locator("#summary")).to_have_text("cancelled", timeout=WAIT)
     expect(page.get_by_role("button", name="Try again")).to_be_visible()
     page.get_by_label("Portrait or video").set_input_files(ROOT / "README.md")
