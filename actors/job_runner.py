@@ -25,8 +25,8 @@ from actors.pool import RendererPool
 from pipeline.engine import runs_on_cpu
 from pipeline.errors import ConfigurationError, InvalidRequest, JobCancelled, PipelineError, RenderFailed
 from pipeline.job import JobDirectory
-from pipeline.job_index import Job
 from pipeline.job_inputs import resolve
+from pipeline.job_records import Job
 from pipeline.job_store import JobStore
 from pipeline.result_delivery import deliver
 from pipeline.retention import clean_up

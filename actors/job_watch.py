@@ -15,7 +15,8 @@ from typing import Any, Literal
 from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.errors import JobCancelled
-from pipeline.job_index import Job, JobIndex
+from pipeline.job_index import JobIndex
+from pipeline.job_records import Job
 from pipeline.progress import JobProgress
 
 KEEP_SECONDS = 0.5

@@ -10,160 +10,29 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from typing import Any, Literal, get_args
 
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
 from pipeline.errors import JobConflict, JobNotFound, QueueFull
-
-JobState = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
-FINAL: frozenset[JobState] = frozenset({"completed", "failed", "cancelled"})
-EventKind = Literal["status", "progress", "segment", "log"]
+from pipeline.job_records import (
+    EVENTS,
+    FINAL,
+    JOBS,
+    TABLES,
+    WEBHOOKS,
+    Event,
+    EventKind,
+    Job,
+    JobState,
+    NewJob,
+    Webhook,
+)
 
 LEASE_SECONDS = 10.0
 """A runner that has not renewed its hold on a job for so long is dead; its jobs are queued again."""
-
-_tables = sa.MetaData()
-_jobs = sa.Table(
-    "jobs",
-    _tables,
-    sa.Column("id", sa.String(64), primary_key=True),
-    sa.Column("state", sa.String(16), nullable=False, index=True),
-    sa.Column("api", sa.String(16), nullable=False),
-    sa.Column("owner", sa.String(100), nullable=False),
-    sa.Column("priority", sa.Integer, nullable=False),
-    sa.Column("created", sa.Float, nullable=False, index=True),
-    sa.Column("started", sa.Float),
-    sa.Column("finished", sa.Float),
-    sa.Column("expires", sa.Float),
-    sa.Column("execution_seconds", sa.Float),
-    sa.Column("fields", sa.JSON, nullable=False),
-    sa.Column("sources", sa.JSON, nullable=False),
-    sa.Column("extra", sa.JSON, nullable=False),
-    sa.Column("task", sa.JSON, nullable=False),
-    sa.Column("attempt", sa.Integer, nullable=False),
-    sa.Column("stage", sa.String(16), nullable=False),
-    sa.Column("progress", sa.Float, nullable=False),
-    sa.Column("eta_seconds", sa.Float),
-    sa.Column("detail", sa.JSON, nullable=False),
-    sa.Column("error", sa.JSON),
-    sa.Column("result", sa.JSON),
-    sa.Column("bytes", sa.BigInteger, nullable=False),
-    sa.Column("idempotency_key", sa.String(255)),
-    sa.Column("fingerprint", sa.String(64), nullable=False),
-    sa.Column("runner", sa.String(64)),
-    sa.Column("lease_until", sa.Float),
-    sa.Column("streamed", sa.Integer, nullable=False, default=0),
-    sa.UniqueConstraint("owner", "idempotency_key"),
-)
-_events = sa.Table(
-    "events",
-    _tables,
-    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
-    sa.Column("job", sa.String(64), nullable=False, index=True),
-    sa.Column("at", sa.Float, nullable=False),
-    sa.Column("kind", sa.String(16), nullable=False),
-    sa.Column("data", sa.JSON, nullable=False),
-    sqlite_autoincrement=True,  # an id is never given twice: clients resume by it
-)
-_webhooks = sa.Table(
-    "webhooks",
-    _tables,
-    sa.Column("id", sa.String(64), primary_key=True),
-    sa.Column("job", sa.String(64), nullable=False, index=True),
-    sa.Column("created", sa.Float, nullable=False),
-    sa.Column("attempts", sa.Integer, nullable=False),
-    sa.Column("due", sa.Float, nullable=False, index=True),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One job as the index knows it.  Times are seconds since 1970."""
-
-    id: str
-    state: JobState
-    api: str
-    """The door it came in by: ``v1``, ``runpod``, ``openai``."""
-    owner: str
-    """Name of the token that it came with."""
-    priority: int
-    """Higher goes first; the same goes by age."""
-    created: float
-    started: float | None
-    finished: float | None
-    expires: float | None
-    """Still queued then, it fails."""
-    execution_seconds: float | None
-    """How long it may be in progress."""
-    fields: dict[str, Any]
-    """Of ``RenderRequest``, without the files."""
-    sources: dict[str, dict[str, str]]
-    """Where each file of the request comes from: ``pipeline.job_store.Source`` by field."""
-    extra: dict[str, Any]
-    """What only the job's API, its webhook or its upload need to know."""
-    task: dict[str, Any]
-    """What is to be done: ``{"kind": "render"}``, or a redo."""
-    attempt: int
-    """How often a runner has taken it."""
-    stage: str
-    progress: float
-    """0 to 100, by windows."""
-    eta_seconds: float | None
-    detail: dict[str, Any]
-    """Segments and GPUs, for people."""
-    error: dict[str, Any] | None
-    """``code, message, field`` of a failed job."""
-    result: dict[str, Any] | None
-    bytes: int
-    """On disk, once it is finished."""
-    idempotency_key: str | None
-
-    @property
-    def is_final(self) -> bool:
-        return self.state in FINAL
-
-
-@dataclass(frozen=True, slots=True)
-class NewJob:
-    """What makes a job."""
-
-    api: str
-    owner: str
-    fields: dict[str, Any]
-    sources: dict[str, dict[str, str]]
-    fingerprint: str
-    """Digest of the request: the same idempotency key with another one is a mistake."""
-    priority: int = 0
-    idempotency_key: str | None = None
-    queue_seconds: float | None = None
-    execution_seconds: float | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """Something that happened to a job; ids rise."""
-
-    id: int
-    job: str
-    at: float
-    kind: EventKind
-    data: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Webhook:
-    """A client's wish to be told of a job's end."""
-
-    id: str
-    job: str
-    created: float
-    attempts: int
-    due: float
 
 
 class JobIndex:
@@ -173,7 +42,7 @@ class JobIndex:
         self._engine = sa.create_engine(url)
         if self._engine.dialect.name == "sqlite":
             _make_sqlite_dependable(self._engine)
-        _tables.create_all(self._engine)
+        TABLES.create_all(self._engine)
 
     def close(self) -> None:
         """Give the connections back."""
@@ -215,10 +84,10 @@ class JobIndex:
             with self._engine.begin() as db:
                 if new.idempotency_key is not None and (known := self._same_key(db, new)):
                     return known, False
-                queued = db.execute(_count(_jobs.c.state == "queued")).scalar_one()
+                queued = db.execute(_count(JOBS.c.state == "queued")).scalar_one()
                 if queued >= max_queued:
                     raise QueueFull(queued)
-                db.execute(_jobs.insert().values(row))
+                db.execute(JOBS.insert().values(row))
                 _tell(db, new.id, "status", {"state": "queued"})
         except IntegrityError:  # two at once, on PostgreSQL
             with self._engine.begin() as db:
@@ -230,8 +99,8 @@ class JobIndex:
 
     @staticmethod
     def _same_key(db: sa.Connection, new: NewJob) -> Job | None:
-        same = (_jobs.c.owner == new.owner) & (_jobs.c.idempotency_key == new.idempotency_key)
-        row = db.execute(sa.select(_jobs).where(same)).mappings().first()
+        same = (JOBS.c.owner == new.owner) & (JOBS.c.idempotency_key == new.idempotency_key)
+        row = db.execute(sa.select(JOBS).where(same)).mappings().first()
         if row is None:
             return None
         if row["fingerprint"] != new.fingerprint:
@@ -241,7 +110,7 @@ class JobIndex:
     def get(self, job: str) -> Job:
         """Raises ``JobNotFound``."""
         with self._read() as db:
-            row = db.execute(sa.select(_jobs).where(_jobs.c.id == job)).mappings().first()
+            row = db.execute(sa.select(JOBS).where(JOBS.c.id == job)).mappings().first()
         if row is None:
             raise JobNotFound(job)
         return _job(row)
@@ -257,48 +126,45 @@ class JobIndex:
         oldest_first: bool = False,
     ) -> list[Job]:
         """Jobs by age, newest first; ``after`` is the id of the last one of the page before."""
-        query = sa.select(_jobs)
-        for column, value in ((_jobs.c.api, api), (_jobs.c.owner, owner)):
+        query = sa.select(JOBS)
+        for column, value in ((JOBS.c.api, api), (JOBS.c.owner, owner)):
             if value is not None:
                 query = query.where(column == value)
         if states is not None:
-            query = query.where(_jobs.c.state.in_(list(states)))
-        key = sa.tuple_(_jobs.c.created, _jobs.c.id)
+            query = query.where(JOBS.c.state.in_(list(states)))
+        key = sa.tuple_(JOBS.c.created, JOBS.c.id)
         if after is not None:
             last = self.get(after)
             mark = sa.tuple_(sa.literal(last.created), sa.literal(last.id))
             query = query.where(key > mark if oldest_first else key < mark)
-        order = (_jobs.c.created, _jobs.c.id)
+        order = (JOBS.c.created, JOBS.c.id)
         query = query.order_by(*(order if oldest_first else [column.desc() for column in order])).limit(limit)
         with self._read() as db:
             return [_job(row) for row in db.execute(query).mappings()]
 
     def counts(self, api: str | None = None) -> dict[JobState, int]:
         """How many jobs are in each state."""
-        query = sa.select(_jobs.c.state, sa.func.count()).group_by(_jobs.c.state)
+        query = sa.select(JOBS.c.state, sa.func.count()).group_by(JOBS.c.state)
         if api is not None:
-            query = query.where(_jobs.c.api == api)
+            query = query.where(JOBS.c.api == api)
         with self._read() as db:
             found: dict[str, int] = dict(row.tuple() for row in db.execute(query))
         return {state: found.get(state, 0) for state in get_args(JobState)}
 
     def ahead(self, job: Job) -> int:
         """Queued jobs that go before this queued one."""
-        before = (_jobs.c.priority > job.priority) | (
-            (_jobs.c.priority == job.priority)
-            & (
-                sa.tuple_(_jobs.c.created, _jobs.c.id)
-                < sa.tuple_(sa.literal(job.created), sa.literal(job.id))
-            )
+        before = (JOBS.c.priority > job.priority) | (
+            (JOBS.c.priority == job.priority)
+            & (sa.tuple_(JOBS.c.created, JOBS.c.id) < sa.tuple_(sa.literal(job.created), sa.literal(job.id)))
         )
         with self._read() as db:
-            return db.execute(_count((_jobs.c.state == "queued") & before)).scalar_one()
+            return db.execute(_count((JOBS.c.state == "queued") & before)).scalar_one()
 
     def cancel(self, job: str) -> Job:
         """End a job that is not over; one that is stays as it is.  Its runner notices within a tick."""
         with self._engine.begin() as db:
-            alive = _jobs.c.state.in_(["queued", "in_progress"])
-            self._end(db, (_jobs.c.id == job) & alive, job, "cancelled")
+            alive = JOBS.c.state.in_(["queued", "in_progress"])
+            self._end(db, (JOBS.c.id == job) & alive, job, "cancelled")
         return self.get(job)
 
     def again(self, job: str, task: Mapping[str, Any], states: Sequence[JobState]) -> Job:
@@ -308,8 +174,8 @@ class JobIndex:
         """
         with self._engine.begin() as db:
             done = db.execute(
-                _jobs.update()
-                .where((_jobs.c.id == job) & _jobs.c.state.in_(list(states)))
+                JOBS.update()
+                .where((JOBS.c.id == job) & JOBS.c.state.in_(list(states)))
                 .values(
                     state="queued",
                     stage="queued",
@@ -331,18 +197,18 @@ class JobIndex:
 
     def cancel_queued(self, api: str, owner: str) -> list[str]:
         """Cancel all queued jobs of an API and an owner; their ids."""
-        mine = (_jobs.c.state == "queued") & (_jobs.c.api == api) & (_jobs.c.owner == owner)
+        mine = (JOBS.c.state == "queued") & (JOBS.c.api == api) & (JOBS.c.owner == owner)
         with self._engine.begin() as db:
-            ids = list(db.execute(sa.select(_jobs.c.id).where(mine)).scalars())
-            return [job for job in ids if self._end(db, (_jobs.c.id == job) & mine, job, "cancelled")]
+            ids = list(db.execute(sa.select(JOBS.c.id).where(mine)).scalars())
+            return [job for job in ids if self._end(db, (JOBS.c.id == job) & mine, job, "cancelled")]
 
     def delete(self, job: str) -> None:
         """Forget a job and its events.  Raises ``JobNotFound``, ``JobConflict`` while it is in progress."""
         with self._engine.begin() as db:
-            gone = db.execute(_jobs.delete().where((_jobs.c.id == job) & (_jobs.c.state != "in_progress")))
+            gone = db.execute(JOBS.delete().where((JOBS.c.id == job) & (JOBS.c.state != "in_progress")))
             if gone.rowcount:
-                db.execute(_events.delete().where(_events.c.job == job))
-                db.execute(_webhooks.delete().where(_webhooks.c.job == job))
+                db.execute(EVENTS.delete().where(EVENTS.c.job == job))
+                db.execute(WEBHOOKS.delete().where(WEBHOOKS.c.job == job))
         if not gone.rowcount:
             self.get(job)
             raise JobConflict(job, "it is in progress; cancel it first")
@@ -350,9 +216,9 @@ class JobIndex:
     def events(self, job: str, after: int = 0, limit: int = 500) -> list[Event]:
         """What happened to a job after the event ``after``, in order."""
         query = (
-            sa.select(_events)
-            .where((_events.c.job == job) & (_events.c.id > after))
-            .order_by(_events.c.id)
+            sa.select(EVENTS)
+            .where((EVENTS.c.job == job) & (EVENTS.c.id > after))
+            .order_by(EVENTS.c.id)
             .limit(limit)
         )
         with self._read() as db:
@@ -360,31 +226,31 @@ class JobIndex:
 
     def states(self, jobs: Sequence[str]) -> dict[str, JobState]:
         """The states of those of the jobs that exist."""
-        query = sa.select(_jobs.c.id, _jobs.c.state).where(_jobs.c.id.in_(list(jobs)))
+        query = sa.select(JOBS.c.id, JOBS.c.state).where(JOBS.c.id.in_(list(jobs)))
         with self._read() as db:
             return dict(row.tuple() for row in db.execute(query))
 
     def take_stream(self, job: str, limit: int = 100) -> list[Event]:
         """A job's progress that was not taken yet; each event is given once, whoever asks."""
         with self._engine.begin() as db:
-            mark = db.execute(sa.select(_jobs.c.streamed).where(_jobs.c.id == job)).scalar()
+            mark = db.execute(sa.select(JOBS.c.streamed).where(JOBS.c.id == job)).scalar()
             if mark is None:
                 raise JobNotFound(job)
             rows = db.execute(
-                sa.select(_events)
-                .where((_events.c.job == job) & (_events.c.id > mark))
-                .order_by(_events.c.id)
+                sa.select(EVENTS)
+                .where((EVENTS.c.job == job) & (EVENTS.c.id > mark))
+                .order_by(EVENTS.c.id)
                 .limit(limit)
             ).mappings()
             found = [Event(**row) for row in rows]
             if found:
-                db.execute(_jobs.update().where(_jobs.c.id == job).values(streamed=found[-1].id))
+                db.execute(JOBS.update().where(JOBS.c.id == job).values(streamed=found[-1].id))
         return found
 
     def last_event(self) -> int:
         """The id of the newest event of all; cheap, to see whether there is any news."""
         with self._read() as db:
-            return db.execute(sa.select(sa.func.max(_events.c.id))).scalar() or 0
+            return db.execute(sa.select(sa.func.max(EVENTS.c.id))).scalar() or 0
 
     # --- runners ---------------------------------------------------------------------------------
 
@@ -392,9 +258,9 @@ class JobIndex:
         """Take the next queued job, for as long as ``keep`` is called in time; None when there is none."""
         now = time.time()
         following = (
-            sa.select(_jobs.c.id)
-            .where((_jobs.c.state == "queued") & (_jobs.c.expires.is_(None) | (_jobs.c.expires > now)))
-            .order_by(_jobs.c.priority.desc(), _jobs.c.created, _jobs.c.id)
+            sa.select(JOBS.c.id)
+            .where((JOBS.c.state == "queued") & (JOBS.c.expires.is_(None) | (JOBS.c.expires > now)))
+            .order_by(JOBS.c.priority.desc(), JOBS.c.created, JOBS.c.id)
             .limit(1)
             .with_for_update(skip_locked=True)
         )
@@ -403,15 +269,15 @@ class JobIndex:
             if job is None:
                 return None
             db.execute(
-                _jobs.update()
-                .where(_jobs.c.id == job)
+                JOBS.update()
+                .where(JOBS.c.id == job)
                 .values(
                     state="in_progress",
                     stage="preparing",
                     runner=runner,
                     lease_until=now + LEASE_SECONDS,
-                    started=sa.func.coalesce(_jobs.c.started, now),
-                    attempt=_jobs.c.attempt + 1,
+                    started=sa.func.coalesce(JOBS.c.started, now),
+                    attempt=JOBS.c.attempt + 1,
                 )
             )
             _tell(db, job, "status", {"state": "in_progress"})
@@ -424,7 +290,7 @@ class JobIndex:
         """
         with self._engine.begin() as db:
             done = db.execute(
-                _jobs.update()
+                JOBS.update()
                 .where(_held(job, runner))
                 .values(lease_until=time.time() + LEASE_SECONDS, **values)
             )
@@ -433,7 +299,7 @@ class JobIndex:
     def set_extra(self, job: str, extra: Mapping[str, Any]) -> None:
         """Replace what only the API, the webhook and the upload need to know."""
         with self._engine.begin() as db:
-            db.execute(_jobs.update().where(_jobs.c.id == job).values(extra=dict(extra)))
+            db.execute(JOBS.update().where(JOBS.c.id == job).values(extra=dict(extra)))
 
     def tell(self, job: str, kind: EventKind, data: Mapping[str, Any]) -> None:
         """Add an event."""
@@ -467,59 +333,59 @@ class JobIndex:
 
     def recover(self) -> list[str]:
         """Queue the jobs again whose runner is dead; their ids."""
-        lost = (_jobs.c.state == "in_progress") & (_jobs.c.lease_until < time.time())
+        lost = (JOBS.c.state == "in_progress") & (JOBS.c.lease_until < time.time())
         with self._engine.begin() as db:
-            ids = list(db.execute(sa.select(_jobs.c.id).where(lost)).scalars())
-            return [job for job in ids if self._back(db, (_jobs.c.id == job) & lost, job)]
+            ids = list(db.execute(sa.select(JOBS.c.id).where(lost)).scalars())
+            return [job for job in ids if self._back(db, (JOBS.c.id == job) & lost, job)]
 
     def expire(self) -> list[str]:
         """Fail the queued jobs whose time is over; their ids."""
-        late = (_jobs.c.state == "queued") & (_jobs.c.expires < time.time())
+        late = (JOBS.c.state == "queued") & (JOBS.c.expires < time.time())
         error = {"code": "expired", "message": "the job waited longer than its time to live", "field": None}
         with self._engine.begin() as db:
-            ids = list(db.execute(sa.select(_jobs.c.id).where(late)).scalars())
+            ids = list(db.execute(sa.select(JOBS.c.id).where(late)).scalars())
             return [
-                job for job in ids if self._end(db, (_jobs.c.id == job) & late, job, "failed", error=error)
+                job for job in ids if self._end(db, (JOBS.c.id == job) & late, job, "failed", error=error)
             ]
 
     def due_webhook(self, hold_seconds: float) -> Webhook | None:
         """Take the webhook whose time has come; nobody else gets it for so many seconds."""
         now = time.time()
-        query = sa.select(_webhooks).where(_webhooks.c.due <= now).order_by(_webhooks.c.due).limit(1)
+        query = sa.select(WEBHOOKS).where(WEBHOOKS.c.due <= now).order_by(WEBHOOKS.c.due).limit(1)
         with self._engine.begin() as db:
             row = db.execute(query.with_for_update(skip_locked=True)).mappings().first()
             if row is None:
                 return None
             db.execute(
-                _webhooks.update()
-                .where(_webhooks.c.id == row["id"])
-                .values(due=now + hold_seconds, attempts=_webhooks.c.attempts + 1)
+                WEBHOOKS.update()
+                .where(WEBHOOKS.c.id == row["id"])
+                .values(due=now + hold_seconds, attempts=WEBHOOKS.c.attempts + 1)
             )
         return Webhook(**row)
 
     def webhook_later(self, webhook: str, seconds: float) -> None:
         """Another try then."""
         with self._engine.begin() as db:
-            db.execute(_webhooks.update().where(_webhooks.c.id == webhook).values(due=time.time() + seconds))
+            db.execute(WEBHOOKS.update().where(WEBHOOKS.c.id == webhook).values(due=time.time() + seconds))
 
     def webhook_done(self, webhook: str) -> None:
         """Delivered, or given up."""
         with self._engine.begin() as db:
-            db.execute(_webhooks.delete().where(_webhooks.c.id == webhook))
+            db.execute(WEBHOOKS.delete().where(WEBHOOKS.c.id == webhook))
 
     def finished_sizes(self) -> list[tuple[str, float, int]]:
         """Id, end and bytes of the jobs that are over, the oldest end first."""
         query = (
-            sa.select(_jobs.c.id, _jobs.c.finished, _jobs.c.bytes)
-            .where(_jobs.c.state.in_(sorted(FINAL)))
-            .order_by(_jobs.c.finished)
+            sa.select(JOBS.c.id, JOBS.c.finished, JOBS.c.bytes)
+            .where(JOBS.c.state.in_(sorted(FINAL)))
+            .order_by(JOBS.c.finished)
         )
         with self._read() as db:
             return [(row.id, row.finished, row.bytes) for row in db.execute(query)]
 
     def _back(self, db: sa.Connection, which: sa.ColumnElement[bool], job: str) -> bool:
         values = {"state": "queued", "stage": "queued", "runner": None, "lease_until": None}
-        done = db.execute(_jobs.update().where(which).values(values))
+        done = db.execute(JOBS.update().where(which).values(values))
         if done.rowcount:
             _tell(db, job, "status", {"state": "queued", "reason": "its runner ended"})
         return bool(done.rowcount)
@@ -528,31 +394,31 @@ class JobIndex:
         self, db: sa.Connection, which: sa.ColumnElement[bool], job: str, state: JobState, **values: Any
     ) -> bool:
         done = db.execute(
-            _jobs.update()
+            JOBS.update()
             .where(which)
             .values(state=state, stage=state, finished=time.time(), runner=None, lease_until=None, **values)
         )
         if done.rowcount:
             said = {"state": state} | ({"error": values["error"]} if values.get("error") else {})
             _tell(db, job, "status", said)
-            extra = db.execute(sa.select(_jobs.c.extra).where(_jobs.c.id == job)).scalar_one()
+            extra = db.execute(sa.select(JOBS.c.extra).where(JOBS.c.id == job)).scalar_one()
             if extra.get("webhook"):
                 now = time.time()
                 row = {"id": f"msg_{uuid.uuid4().hex}", "job": job, "created": now, "attempts": 0, "due": now}
-                db.execute(_webhooks.insert().values(row))
+                db.execute(WEBHOOKS.insert().values(row))
         return bool(done.rowcount)
 
 
 def _held(job: str, runner: str) -> sa.ColumnElement[bool]:
-    return (_jobs.c.id == job) & (_jobs.c.state == "in_progress") & (_jobs.c.runner == runner)
+    return (JOBS.c.id == job) & (JOBS.c.state == "in_progress") & (JOBS.c.runner == runner)
 
 
 def _count(which: sa.ColumnElement[bool]) -> sa.Select[int]:
-    return sa.select(sa.func.count()).select_from(_jobs).where(which)
+    return sa.select(sa.func.count()).select_from(JOBS).where(which)
 
 
 def _tell(db: sa.Connection, job: str, kind: EventKind, data: Mapping[str, Any]) -> None:
-    db.execute(_events.insert().values(job=job, at=time.time(), kind=kind, data=dict(data)))
+    db.execute(EVENTS.insert().values(job=job, at=time.time(), kind=kind, data=dict(data)))
 
 
 def _job(row: Mapping[Any, Any]) -> Job:

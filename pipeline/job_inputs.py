@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 
 from pipeline.errors import InvalidRequest, JobCancelled
-from pipeline.job_index import Job
+from pipeline.job_records import Job
 from pipeline.job_store import JobStore, sources_of
 from pipeline.media_check import MediaLimits, check_media
 from pipeline.request import RenderRequest

@@ -20,7 +20,8 @@ from typing import Literal
 
 from pipeline.errors import JobConflict
 from pipeline.job import storage_errors
-from pipeline.job_index import Job, JobIndex, NewJob
+from pipeline.job_index import JobIndex
+from pipeline.job_records import Job, NewJob
 from pipeline.service_settings import ServiceSettings
 
 

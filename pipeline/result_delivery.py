@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.errors import PipelineError
 from pipeline.job import finished
-from pipeline.job_index import Job
+from pipeline.job_records import Job
 from pipeline.job_store import JobStore
 from pipeline.result_upload import Bucket, upload
 

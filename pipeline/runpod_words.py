@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from typing import Any
 
-from pipeline.job_index import Job
+from pipeline.job_records import Job
 from pipeline.job_store import JobStore
 
 STATUS = {

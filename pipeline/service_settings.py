@@ -10,10 +10,9 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline.errors import ConfigurationError
-from pipeline.settings import SERVICE_PREFIX as PREFIX
+from pipeline.settings import SERVICE_PREFIX, from_environment
 
 
 class ServiceSettings(BaseModel):
@@ -93,13 +92,4 @@ class ServiceSettings(BaseModel):
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> ServiceSettings:
         """Read ``INFINITETALK_SERVE_*``; empty values count as not set."""
-        given = {key.removeprefix(PREFIX).lower(): env[key] for key in env if key.startswith(PREFIX)}
-        try:
-            return cls.model_validate({key: value for key, value in given.items() if value != ""})
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = PREFIX + "_".join(str(part) for part in first["loc"]).upper()
-            if first["type"] == "extra_forbidden":
-                known = ", ".join(PREFIX + field.upper() for field in cls.model_fields)
-                raise ConfigurationError(f"{name} is not a setting; the settings are {known}") from None
-            raise ConfigurationError(f"{name}: {first['msg'].removeprefix('Value error, ')}") from None
+        return from_environment(cls, SERVICE_PREFIX, env)

@@ -10,7 +10,7 @@ import shlex
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -89,20 +89,8 @@ class Settings(BaseModel):
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Settings:
         """Read ``INFINITETALK_*``; empty values count as not set."""
-        given = {
-            key.removeprefix(PREFIX).lower(): value
-            for key, value in env.items()
-            if key.startswith(PREFIX) and not key.startswith(SERVICE_PREFIX)
-        }
-        try:
-            return cls.model_validate({key: value for key, value in given.items() if value != ""})
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = PREFIX + "_".join(str(part) for part in first["loc"]).upper()
-            if first["type"] == "extra_forbidden":
-                known = ", ".join(PREFIX + field.upper() for field in cls.model_fields)
-                raise ConfigurationError(f"{name} is not a setting; the settings are {known}") from None
-            raise ConfigurationError(f"{name}: {first['msg'].removeprefix('Value error, ')}") from None
+        own = {key: value for key, value in env.items() if not key.startswith(SERVICE_PREFIX)}
+        return from_environment(cls, PREFIX, own)
 
     @property
     def comfyui_flags(self) -> list[str]:
@@ -113,3 +101,23 @@ class Settings(BaseModel):
     def draft_flags(self) -> list[str]:
         """``draft_args`` as a list."""
         return shlex.split(self.draft_args)
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def from_environment(kind: type[S], prefix: str, env: Mapping[str, str]) -> S:
+    """Settings from the variables that begin with ``prefix``; empty values count as not set.
+
+    Raises ``ConfigurationError`` for an unknown variable or an unusable value.
+    """
+    given = {key.removeprefix(prefix).lower(): env[key] for key in env if key.startswith(prefix)}
+    try:
+        return kind.model_validate({key: value for key, value in given.items() if value != ""})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = prefix + "_".join(str(part) for part in first["loc"]).upper()
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(prefix + field.upper() for field in kind.model_fields)
+            raise ConfigurationError(f"{name} is not a setting; the settings are {known}") from None
+        raise ConfigurationError(f"{name}: {first['msg'].removeprefix('Value error, ')}") from None

@@ -19,7 +19,7 @@ from standardwebhooks import Webhook as Signer
 from urllib3.exceptions import HTTPError
 
 from pipeline.errors import JobNotFound
-from pipeline.job_index import Job, Webhook
+from pipeline.job_records import Job, Webhook
 from pipeline.job_store import JobStore
 from pipeline.runpod_words import status_body
 from pipeline.safe_fetch import checked_session

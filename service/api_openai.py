@@ -15,12 +15,12 @@ from PIL import Image
 from pydantic import BaseModel
 
 from pipeline.errors import InvalidRequest, JobConflict, JobNotFound
-from pipeline.job_index import Job
+from pipeline.job_records import Job
 from pipeline.job_store import JobStore, Source
 from pipeline.portrait import FORMATS
 from pipeline.timeline import FPS
 from service import api_v1
-from service.api_v1 import Owner, Store
+from service.api_v1 import Owner, Store, own_job
 from service.errors import Failure
 from service.intake import Submission, submit
 from service.uploads import Inputs, discarding, read_inputs, render_fields, take_sources
@@ -124,8 +124,8 @@ def video_of(job: Job) -> Video:
 
 
 def _own(video: str, store: Store, owner: Owner) -> Job:
-    job = store.index.get(video)
-    if job.owner != owner or job.api != "openai":
+    job = own_job(video, store, owner)
+    if job.api != "openai":
         raise JobNotFound(video)
     return job
 

@@ -12,16 +12,16 @@ import re
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline.errors import InvalidRequest, JobConflict, JobNotFound
-from pipeline.job_index import Job
+from pipeline.errors import InvalidRequest, JobConflict
+from pipeline.job_records import Job
 from pipeline.job_store import JobStore
 from pipeline.request import RenderRequest
 from pipeline.runpod_words import status_body, status_of
 from service import api_v1
-from service.api_v1 import Owner, Store
+from service.api_v1 import Owner, OwnJob, Store
 from service.errors import Failure
 from service.intake import FILE_FIELDS, Submission, submit
 from service.news import News
@@ -213,15 +213,6 @@ def _volume(store: JobStore) -> str:
         raise InvalidRequest("network_volume", f"no volume is mounted at {folder}")
     return str(folder)
 
-
-def _own(job: str, store: Store, owner: Owner) -> Job:
-    found = store.index.get(job)
-    if found.owner != owner:
-        raise JobNotFound(job)
-    return found
-
-
-OwnJob = Annotated[Job, Depends(_own)]
 
 _BODY = {
     "requestBody": {

@@ -13,7 +13,7 @@ from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import InvalidRequest, JobNotFound
-from pipeline.job_index import Job, JobState
+from pipeline.job_records import Job, JobState
 from pipeline.job_store import JobStore
 from pipeline.request import RenderRequest
 from service.intake import FILE_FIELDS, Submission, submit

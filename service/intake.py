@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InvalidRequest
-from pipeline.job_index import Job, NewJob
+from pipeline.job_records import Job, NewJob
 from pipeline.job_store import JobStore, Source, source_row
 from pipeline.request import RenderRequest
 

@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from pipeline.job_index import Event, Job, JobIndex
+from pipeline.job_index import JobIndex
+from pipeline.job_records import Event, Job
 
 LOOK_SECONDS = 0.2
 KEEP_ALIVE_SECONDS = 15.0

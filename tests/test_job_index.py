@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import job_index
+from pipeline import job_index, job_records
 from pipeline.errors import JobConflict, JobNotFound, QueueFull
-from pipeline.job_index import JobIndex, NewJob
+from pipeline.job_index import JobIndex
+from pipeline.job_records import NewJob
 
 POSTGRES = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
 
@@ -73,7 +74,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return f"sqlite:///{tmp_path / 'index.sqlite'}"
     found: str = request.getfixturevalue("postgres")
     index = JobIndex(found)
-    job_index._tables.drop_all(index._engine)
+    job_records.TABLES.drop_all(index._engine)
     index.close()
     return found
 

@@ -15,7 +15,7 @@ import pytest
 import requests
 
 from pipeline.errors import StorageError
-from pipeline.job_index import Job, NewJob
+from pipeline.job_records import Job, NewJob
 from pipeline.job_store import JobStore
 from pipeline.result_delivery import deliver
 from pipeline.result_upload import Bucket, upload

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from standardwebhooks import Webhook, WebhookVerificationError
 
-from pipeline.job_index import NewJob
+from pipeline.job_records import NewJob
 from pipeline.job_store import JobStore
 from pipeline.service_settings import ServiceSettings
 from pipeline.webhooks import WebhookSender
