@@ -35,7 +35,7 @@ def infinitetalk(hub: Hub, tmp_path: Path) -> Run:
             key: value for key, value in os.environ.items() if not key.startswith(("HF_", "INFINITETALK_"))
         }
         env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "COLUMNS": "200", **more}
-        command = [sys.executable, "-m", "actors.cli", *arguments]
+        command = [sys.executable, "-m", "infinitetalk", *arguments]
         return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 
     return run

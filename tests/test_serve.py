@@ -155,7 +155,7 @@ def test_the_runpod_sdk_runs_unmodified(
     assert waiting.status() == "CANCELLED"
     assert long.cancel()["status"] == "CANCELLED"
     assert list(long.stream()) is not None
-    with pytest.raises(ValueError, match=r"Unauthorized|401"):
+    with pytest.raises(RuntimeError, match="401"):
         runpod.api_key = "wrong-token"
         runpod.Endpoint("infinitetalk").run(given)
 
@@ -293,24 +293,23 @@ def test_everything_survives_a_power_cut(
     first_life, second_life = uuid.uuid4().hex, uuid.uuid4().hex
     data, log = tmp_path / "data", tmp_path / "log"
 
-    def kept() -> dict[Path, int]:
-        found = data.glob("jobs/*/work/segments/[0-9]*/segment.json")
-        return {path: path.stat().st_mtime_ns for path in found}
+    def kept() -> int:
+        return len(list(data.glob("jobs/*/work/segments/*.windows/0*/segment.json")))
 
-    with running_service(
-        data, first_life, log, INFINITETALK_DRAFT_ARGS="--draft-window-seconds 0.2"
-    ) as service:
-        running = service.submit(3000, speech_of)
+    slow = "--draft-window-seconds 0.5"
+    with running_service(data, first_life, log, INFINITETALK_DRAFT_ARGS=slow) as service:
+        running = service.submit(700, speech_of)
         waiting = service.submit(20, speech_of)
-        service.until(running, lambda _: bool(kept()), 90)
+        service.until(running, lambda _: kept() >= 3, 90)
         assert kill_all(first_life)
         service.process.wait()
     before = kept()
     with running_service(data, second_life, log) as service:
-        assert service.until_over(running, 120)["result"]["frames"] == 3000
+        done = service.until_over(running, 120)
+        assert done["result"]["frames"] == 700
         assert service.until_over(waiting)["result"]["frames"] == 20
-        assert service.job(running)["attempt"] == 2
-        assert before.items() <= kept().items()
+        assert done["attempt"] == 2
+        assert done["result"]["nodes"]["KSampler"]["ran"] == done["detail"]["windows_total"] - before
     assert processes_with(f"TEST_MARK={second_life}") == []
 
 
