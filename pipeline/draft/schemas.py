@@ -66,7 +66,7 @@ def _completed(name: str, known: Schema) -> Schema:
         "name": name,
         "display_name": name,
         "description": "",
-        "python_module": "nodes" if name.startswith("Image") else "custom_nodes.ComfyUI-WanVideoWrapper",
+        "python_module": "nodes" if name == "ImageScale" else "custom_nodes.ComfyUI-WanVideoWrapper",
         "category": "",
         "has_intermediate_output": False,
         "search_aliases": [],
