@@ -18,6 +18,7 @@ from ray.exceptions import RayError
 
 from actors.cluster import cluster
 from actors.job_runner import ensure_runner, stop_runner
+from actors.pool_client import PoolClient
 from pipeline.errors import ConfigurationError
 from pipeline.service_settings import ServiceSettings
 from pipeline.settings import Settings
@@ -69,7 +70,7 @@ app = Api.bind()  # type: ignore[attr-defined]
 def serve_until_stopped(host: str, port: int, gpus: int | None) -> int:
     """Start or join Ray, serve on ``host:port``, and on SIGINT or SIGTERM put everything down in order.
 
-    The job in work goes back into the queue, with what is rendered of it.
+    The jobs in work go back into the queue, with what is rendered of them.
     Raises ``ConfigurationError``: nobody but this machine may be answered without tokens.
     """
     service, settings = ServiceSettings.from_env(), Settings.from_env()
@@ -86,5 +87,7 @@ def serve_until_stopped(host: str, port: int, gpus: int | None) -> int:
         print(f"serving on http://{host}:{port}, jobs in {service.data}", flush=True)  # noqa: T201
         stop.wait()
         stop_runner()
+        if settings.ray_address == "local":
+            PoolClient(settings).end()
         serve.shutdown()  # type: ignore[no-untyped-call]
     return 0

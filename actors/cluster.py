@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 
+from pipeline.devices import visible_gpus
 from pipeline.engine import runs_on_cpu
 from pipeline.errors import ConfigurationError, InvalidRequest
 from pipeline.settings import Settings
@@ -75,6 +76,11 @@ def _check_reachable(address: str) -> None:
         ) from None
 
 
+def _no_more_than(gpus: int | None) -> int | None:
+    """So many of this machine's GPUs; None: all that Ray finds."""
+    return None if gpus is None else min(gpus, len(visible_gpus()))
+
+
 @contextmanager
 def cluster(settings: Settings, gpus: int | None) -> Iterator[int]:
     """Start or join Ray; yields the number of lanes, one for each GPU.
@@ -91,7 +97,7 @@ def cluster(settings: Settings, gpus: int | None) -> Iterator[int]:
         # After a kill -9 of the driver, two agents of Ray's wait so long for the dead GCS (default: 60).
         os.environ.setdefault("RAY_gcs_server_request_timeout_seconds", "20")
         options: dict[str, Any] = {
-            "num_gpus": (gpus or DEFAULT_DRAFT_LANES) if on_cpu else None,
+            "num_gpus": (gpus or DEFAULT_DRAFT_LANES) if on_cpu else _no_more_than(gpus),
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,
         }

@@ -10,11 +10,11 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from actors.cluster import check_gpus, cluster
-from actors.pool import RendererPool
+from actors.pool_client import PoolClient
 from pipeline import ffmpeg
 from pipeline.dispatch import Renderers
 from pipeline.engine import choose_engine, engine_kind
@@ -37,14 +37,19 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def renderer_pool(settings: Settings, gpus: int | None) -> Iterator[RendererPool]:
-    """Ray and a renderer on each of ``gpus`` GPUs (default: all); nothing of them is left afterwards."""
-    with cluster(settings, gpus) as lanes:
-        pool = RendererPool(lanes, settings)
+def open_pool(settings: Settings, gpus: int | None = None) -> Iterator[PoolClient]:
+    """Ray, and its pool of GPUs.  For many jobs at once, from many threads.
+
+    Started for this, on ``gpus`` GPUs (default: all), nothing of it is left afterwards.  The pool of a
+    cluster that is joined stays.
+    """
+    with cluster(settings, gpus):
+        pool = PoolClient(settings)
         try:
             yield pool
         finally:
-            pool.close()
+            if settings.ray_address == "local":
+                pool.end()
 
 
 def render(
@@ -55,7 +60,8 @@ def render(
     gpus: int | None = None,
     job_dir: Path | None = None,
     name: str | None = None,
-    pool: RendererPool | None = None,
+    priority: int = 0,
+    pool: PoolClient | None = None,
     on_progress: OnProgress,
     make_plan: Callable[[int, int], Plan] | None = None,
 ) -> RenderResult:
@@ -63,9 +69,10 @@ def render(
 
     Finished segments and windows are kept beside the output until the video is there, so the same call after
     a failure goes on with what is missing; with ``job_dir`` the job lives there, and stays.  ``name`` is what
-    it is called in logs (default: a digest of the request).  Renderers are
-    those of ``pool``, or are started for this job on ``gpus`` GPUs (default: all).
-    Raises ``PipelineError``; a KeyboardInterrupt becomes ``JobCancelled``, and leaves no process behind.
+    it is called in logs (default: a digest of the request).  Renderers are lent by ``pool``, or by one that
+    is opened for this job; it takes ``gpus`` of them at a time (default: all, in fairness to other jobs,
+    among which ``priority`` counts: see ``pipeline.scheduling``). Raises ``PipelineError``; a
+    KeyboardInterrupt becomes ``JobCancelled``, and leaves no process behind.
     """
     check_gpus(gpus)
     engine = engine_kind(settings)
@@ -83,10 +90,14 @@ def render(
     if job_dir is not None:
         _check_same_job(job, mark)
 
-    def renderers() -> AbstractContextManager[Renderers]:
-        if pool is not None:
-            return nullcontext(pool)
-        return renderer_pool(settings, gpus if request.use_multi_gpu else 1)
+    limits = [limit for limit in (gpus, request.gpu_count) if limit is not None]
+    at_most = min(limits, default=None) if request.use_multi_gpu else 1
+
+    @contextmanager
+    def renderers() -> Iterator[Renderers]:
+        with ExitStack() as stack:
+            lender = pool or stack.enter_context(open_pool(settings, at_most))
+            yield stack.enter_context(lender.job(name, priority, at_most))
 
     log.info("job %s into %s", name, output, extra={"job": name, "engine": engine})
     try:
@@ -122,7 +133,7 @@ def redo_part(
     side: Side | None = None,
     segment: int | None = None,
     seed: int | None = None,
-    pool: RendererPool | None = None,
+    pool: PoolClient | None = None,
     on_progress: OnProgress,
 ) -> Redone:
     """Render one segment of the finished job in ``job_dir`` again on one GPU: ``pipeline.redo`` says how.
@@ -145,8 +156,11 @@ def redo_part(
             "job", f"{job_dir} was rendered with another engine, or another version of its workflow"
         )
 
-    def renderers() -> AbstractContextManager[Renderers]:
-        return nullcontext(pool) if pool is not None else renderer_pool(settings, 1)
+    @contextmanager
+    def renderers() -> Iterator[Renderers]:
+        with ExitStack() as stack:
+            lender = pool or stack.enter_context(open_pool(settings, 1))
+            yield stack.enter_context(lender.job(name, at_most=1))
 
     try:
         return redo(

@@ -1,7 +1,8 @@
-"""The runner: the detached Ray actor that takes jobs from the store and renders them, one after the other.
+"""The runner: the detached Ray actor that takes jobs from the store and renders them, several at once.
 
 It holds no state that matters: whatever kills it, the next one goes on from the index and the job
-directories.  How a job is made is the driver's business, how far it is ``job_watch``'s.
+directories.  How a job is made is the driver's business, how far it is ``job_watch``'s, and which job gets
+which GPU the pool's: a job that prepares or joins has none.
 """
 
 from __future__ import annotations
@@ -17,13 +18,20 @@ import uuid
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
-from actors.cluster import DEFAULT_DRAFT_LANES
 from actors.driver import redo_part, render
 from actors.job_watch import JobWatch
-from actors.pool import RendererPool
-from pipeline.engine import runs_on_cpu
-from pipeline.errors import ConfigurationError, InvalidRequest, JobCancelled, PipelineError, RenderFailed
+from actors.pool import NAMESPACE, PoolView
+from actors.pool_client import PoolClient
+from pipeline.errors import (
+    ConfigurationError,
+    EngineError,
+    InvalidRequest,
+    JobCancelled,
+    PipelineError,
+    RenderFailed,
+)
 from pipeline.job import JobDirectory
 from pipeline.job_inputs import resolve
 from pipeline.job_records import Job
@@ -34,16 +42,16 @@ from pipeline.service_settings import ServiceSettings
 from pipeline.settings import Settings
 from pipeline.webhooks import WebhookSender
 
-NAME, NAMESPACE = "runner", "infinitetalk"
+NAME = "runner"
 IDLE_SECONDS = 0.2
-"""How often an idle runner looks for work."""
+"""How often the runner looks for work."""
 CLEAN_UP_SECONDS = 60.0
 LOOK_SECONDS = 1.0
-"""How often an idle runner looks at its engines."""
+"""How often it looks at the pool."""
 MAX_ATTEMPTS = 20
 """Runners that one job may lose, or find its directory held."""
-AGAIN_SECONDS = 30.0
-"""Before engines that do not start are tried again."""
+MORE_JOBS = 2
+"""Jobs in work beside two for each GPU: those that prepare and join while others render."""
 
 log = logging.getLogger(__name__)
 
@@ -54,11 +62,12 @@ class JobRunner:
     def __init__(self, service: ServiceSettings, settings: Settings) -> None:
         self._service, self._settings = service, settings
         self._name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
-        self._pool: RendererPool | None = None
+        self._pool: PoolClient | None = None
+        self._view = PoolView(frozenset(), frozenset())
         self._stop = threading.Event()
-        self._watch: JobWatch | None = None
+        self._jobs: dict[threading.Thread, JobWatch] = {}
         self._trouble: str | None = None
-        self._next_clean_up = self._next_look = self._next_pool = 0.0
+        self._next_clean_up = self._next_look = 0.0
         for name in ("pipeline", "actors"):
             logging.getLogger(name).setLevel(logging.INFO)  # jobs' logs become events
         self._loop = threading.Thread(target=self._run, name="jobs", daemon=True)
@@ -71,16 +80,15 @@ class JobRunner:
             "pid": os.getpid(),
             "settings": [self._service.model_dump_json(), self._settings.model_dump_json()],
             "alive": self._loop.is_alive(),
-            "gpus": 0 if self._pool is None else len(self._pool.lanes().ready),
-            "starting": 0 if self._pool is None else len(self._pool.lanes().starting),
+            "gpus": len(self._view.ready),
+            "starting": len(self._view.starting),
+            "jobs": len(self._jobs),
             "trouble": self._trouble,
         }
 
     def stop(self) -> None:
-        """Put the job in work back into the queue, and end the engines."""
+        """Put the jobs in work back into the queue."""
         self._stop.set()
-        if self._watch is not None:
-            self._watch.stop.set()
         self._loop.join()
 
     def _run(self) -> None:
@@ -90,17 +98,20 @@ class JobRunner:
             sender = WebhookSender(store)
             while not self._stop.is_set():
                 self._look_after(store)
-                self._warm_up()
-                job = store.index.claim(self._name)
+                self._look_at_the_pool(store)
+                job = store.index.claim(self._name) if self._has_room() else None
                 if job is None:
                     self._stop.wait(IDLE_SECONDS)
                 else:
-                    self._do(store, job)
+                    self._begin(store, job)
         except BaseException:
             log.exception("the runner ends; Ray starts another one")
             os._exit(1)  # a thread's end alone would leave an actor that does nothing
         finally:
-            self._close_pool()
+            for watch in list(self._jobs.values()):
+                watch.stop.set()
+            for thread in list(self._jobs):
+                thread.join()
             if sender is not None:
                 sender.stop()
 
@@ -113,37 +124,51 @@ class JobRunner:
         for job in store.index.expire():
             log.warning("job %s waited too long", job, extra={"job": job})
 
-    def _warm_up(self) -> None:
-        """Engines start with the service, not with its first job; where none does, it is tried again."""
+    def _look_at_the_pool(self, store: JobStore) -> None:
+        """Engines start with the service, not with its first job, and stay warm as long as it runs."""
         now = time.monotonic()
-        if self._pool is not None and now >= self._next_look:
-            self._next_look = now + LOOK_SECONDS
-            lanes = self._pool.lanes()
-            if lanes.ready or lanes.starting:
-                self._trouble = None
-                return
-            self._say(self._pool.trouble() or "no engine answers")
-            self._close_pool()
-            self._next_pool = now + AGAIN_SECONDS
-        if self._pool is None and now >= self._next_pool:
-            try:
-                self._pool = _pool(self._settings)
-            except PipelineError as error:
-                self._say(str(error))
-                self._next_pool = now + AGAIN_SECONDS
-
-    def _say(self, trouble: str) -> None:
-        if trouble != self._trouble:
+        if now < self._next_look:
+            return
+        self._next_look = now + LOOK_SECONDS
+        try:
+            if self._pool is None:
+                self._pool = PoolClient(self._settings)
+            waiting = store.index.counts()["queued"]
+            trouble: str | None
+            self._view = self._pool.ask("backlog", self._name, waiting, not self._settings.max_gpus)
+        except (PipelineError, RayError) as error:
+            self._view, trouble = PoolView(frozenset(), frozenset()), str(error)
+        else:
+            usable = self._view.ready or self._view.starting
+            trouble = None if usable else str(self._view.error or "no GPU of the cluster has an engine")
+        if trouble is not None and trouble != self._trouble:
             log.error("no renderers: %s", trouble)
         self._trouble = trouble
 
-    def _close_pool(self) -> None:
-        if self._pool is not None:
-            self._pool.close()
-            self._pool = None
+    def _has_room(self) -> bool:
+        """Whether another job would come forward: jobs without any GPU in sight wait in the queue."""
+        lanes = len(self._view.ready | self._view.starting)
+        if not lanes:  # but a cluster that grows by itself has to see that there is work
+            return bool(self._settings.max_gpus) and not self._jobs
+        return len(self._jobs) < 2 * lanes + MORE_JOBS
 
-    def _do(self, store: JobStore, job: Job) -> None:
-        self._watch = watch = JobWatch(store.index, job, self._name)
+    def _begin(self, store: JobStore, job: Job) -> None:
+        watch = JobWatch(store.index, job, self._name)
+
+        def work() -> None:
+            try:
+                self._do(store, job, watch)
+            except BaseException:
+                log.exception("job %s ends the runner; Ray starts another one", job.id, extra={"job": job.id})
+                os._exit(1)
+            finally:
+                self._jobs.pop(threading.current_thread(), None)
+
+        thread = threading.Thread(target=work, name=f"job-{job.id[:8]}", daemon=True)
+        self._jobs[thread] = watch
+        thread.start()
+
+    def _do(self, store: JobStore, job: Job, watch: JobWatch) -> None:
         said: dict[str, Any] = {}
         with watch:
             try:
@@ -163,10 +188,16 @@ class JobRunner:
                     store.index.requeue(job.id, self._name)
                 said = _error("invalid_input", str(error), error.field)
             except PipelineError as error:
+                if (
+                    isinstance(error, RenderFailed | EngineError | ConfigurationError)
+                    and self._pool_is_empty()
+                ):
+                    log.warning("job %s waits for GPUs: %s", job.id, error, extra={"job": job.id})
+                    if job.attempt < MAX_ATTEMPTS:
+                        store.index.requeue(job.id, self._name)
+                        return
                 log.error("job %s failed: %s", job.id, error, extra={"job": job.id})
                 said = _error(_code(error), str(error))
-                if isinstance(error, ConfigurationError):
-                    self._close_pool()  # the next job gets new renderers
             except Exception:
                 log.exception("job %s failed in a way that nobody foresaw", job.id, extra={"job": job.id})
                 said = _error("internal_error", "an error inside the service; its log tells more")
@@ -181,7 +212,15 @@ class JobRunner:
             elif watch.reason == "stopping":
                 store.index.requeue(job.id, self._name)
 
-    def _make(self, store: JobStore, job: Job, watch: JobWatch, pool: RendererPool) -> dict[str, Any]:
+    def _pool_is_empty(self) -> bool:
+        """Whether all GPUs are gone: that is no job's fault."""
+        try:
+            view, _ = PoolClient(self._settings).ask("renderers")
+        except (PipelineError, RayError):
+            return True
+        return not view.ready and not view.starting
+
+    def _make(self, store: JobStore, job: Job, watch: JobWatch, pool: PoolClient) -> dict[str, Any]:
         """Do the job's task; its result."""
         if job.task["kind"] == "redo":
             return self._redo(store, job, watch, pool)
@@ -192,11 +231,12 @@ class JobRunner:
             store.video(job.id),
             job_dir=store.work(job.id),
             name=job.id,
+            priority=job.priority,
             pool=pool,
             on_progress=watch.progress,
         ).as_dict()
 
-    def _redo(self, store: JobStore, job: Job, watch: JobWatch, pool: RendererPool) -> dict[str, Any]:
+    def _redo(self, store: JobStore, job: Job, watch: JobWatch, pool: PoolClient) -> dict[str, Any]:
         """A segment anew; one that fails costs nobody the video that is there."""
         wanted = {name: job.task[name] for name in ("seam", "segment", "seed") if name in job.task}
         work = store.work(job.id)
@@ -209,17 +249,6 @@ class JobRunner:
             return {**(job.result or {}), "redo": {"success": False, "message": str(error)}}
         result: dict[str, Any] = json.loads(JobDirectory(work).result.read_text())
         return {**result, "redo": {k: v for k, v in done.as_dict().items() if k != "video_path"}}
-
-
-def _pool(settings: Settings) -> RendererPool:
-    """Renderers on all GPUs; where engines need none and there is none, some on the CPU."""
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    gpus = int(resources.get("GPU", 0))
-    if gpus:
-        return RendererPool(gpus, settings)
-    if runs_on_cpu(settings):
-        return RendererPool(DEFAULT_DRAFT_LANES, settings, gpus_each=0)
-    raise ConfigurationError("the cluster has no GPU; INFINITETALK_ENGINE=draft renders previews without one")
 
 
 def _code(error: PipelineError) -> str:

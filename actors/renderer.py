@@ -36,6 +36,7 @@ from pipeline.job import storage_errors
 from pipeline.messages import (
     RenderedSegment,
     RendererInfo,
+    RendererState,
     SegmentProgress,
     SegmentTask,
     WindowCheckpoint,
@@ -58,10 +59,15 @@ class Renderer:
     The constructor only stores: whatever it raised would reach callers as a bare ActorDiedError.
     """
 
-    def __init__(self, lane: int, settings: Settings) -> None:
-        self._lane, self._settings = lane, settings
+    def __init__(self, lane: int, settings: Settings, index: int = 0) -> None:
+        self._lane, self._settings, self._index = lane, settings, index
         self._node = socket.gethostname()
         self._open = ExitStack()
+        self._info: RendererInfo | None = None
+        self._holder: str | None = None
+        """The job whose segment is in work."""
+        self._free_memory: float | None = None
+        """GB of the GPU that were free before anything was rendered."""
         self._engine: RunningEngine | None = None
         self._client: ComfyClient | None = None
         self._device: Device | None = None
@@ -88,7 +94,7 @@ class Renderer:
         except ConfigurationError as error:
             raise ConfigurationError(f"{where}: {error.reason}") from None
         assert self._device is not None
-        return RendererInfo(
+        self._info = RendererInfo(
             lane=self._lane,
             node=self._node,
             engine=engine_kind(self._settings),
@@ -101,6 +107,7 @@ class Renderer:
             device=self._device.name,
             memory_gb=self._device.memory_gb,
         )
+        return self._info
 
     def _started(self) -> tuple[ComfyClient, RunningEngine]:
         if self._engine is None or self._client is None:
@@ -110,7 +117,7 @@ class Renderer:
             if self._profile is not None:
                 program = replace(program, command=(*program.command, *self._profile.flags))
             self._engine = self._open.enter_context(running_engine(program, self._settings))
-            self._client = ComfyClient(self._engine.url)
+            self._client = ComfyClient(self._engine.url, stalled_after=self._settings.stalled_seconds)
         return self._client, self._engine
 
     def _look_at_the_gpu(self) -> tuple[Device, profiles.Profile | None]:
@@ -124,13 +131,22 @@ class Renderer:
         return device, profiles.profile_for(device.memory_gb)
 
     @ray.method(concurrency_group="work")
-    def render(self, task: SegmentTask) -> RenderedSegment:
+    def render(self, task: SegmentTask, holder: str = "") -> RenderedSegment:
         """Render the windows of one task; what ``windows`` did not hand out comes back, nothing stays here.
+
+        ``holder``: the job as the pool calls it.
 
         Out of memory, there is one more try with everything unloaded and the next smaller profile.
         Raises ``GraphError``, ``EngineError`` (with the engine's log), ``JobCancelled``, ``StorageError``.
         """
         self._cancelled.clear()
+        self._holder = holder or task.recipe.job
+        try:
+            return self._render_task(task)
+        finally:
+            self._holder = None
+
+    def _render_task(self, task: SegmentTask) -> RenderedSegment:
         self._last, self._windows = None, {}
         self._load_packs(task)
         client, _ = self._started()
@@ -244,6 +260,26 @@ class Renderer:
             if window.segment == segment and number < first:
                 self._windows.pop(number, None)
         return tuple(w for w in self._windows.copy().values() if w.segment == segment and w.window >= first)
+
+    @ray.method(concurrency_group="control")
+    def state(self) -> RendererState:
+        """Who this is and what it does, for a pool that was started again."""
+        node = str(ray.get_runtime_context().get_node_id())
+        return RendererState(self._lane, node, self._index, self._info, self._holder)
+
+    @ray.method(concurrency_group="control")
+    def trouble(self) -> str | None:
+        """What is wrong with the engine; None while it answers."""
+        engine, client = self._engine, self._client
+        if engine is None or client is None:
+            return None
+        if not engine.alive:
+            return f"the engine (pid {engine.pid}) died with exit code {engine.process.exit_code}"
+        try:
+            client.version()
+        except EngineError as error:
+            return error.reason
+        return None
 
     @ray.method(concurrency_group="control")
     def cancel(self) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from actors.driver import render, renderer_pool
+from actors.driver import open_pool, render
 from pipeline.plan import Plan, calculate_segments, naive_segments
 from pipeline.request import RenderRequest
 from pipeline.settings import Settings
@@ -78,7 +78,7 @@ def _row(folder: Path, options: argparse.Namespace, gpus: int, *, naive: bool) -
     output = folder / f"{gpus}{'-document' if naive else ''}.mp4"
     planner = naive_segments if naive else calculate_segments
     began = time.monotonic()
-    with renderer_pool(settings, gpus) as pool:
+    with open_pool(settings, gpus) as pool:
         pool.start()
         ready = time.monotonic()
         result = render(request, settings, output, pool=pool, on_progress=lambda _: None, make_plan=planner)

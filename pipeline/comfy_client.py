@@ -50,12 +50,14 @@ class EngineQueue:
 class ComfyClient:
     """Client of one engine at ``url`` (http://127.0.0.1:PORT); an answer may take ``timeout`` seconds.
 
+    A prompt that runs for ``stalled_after`` seconds without any progress makes an engine count as hung.
     Methods raise ``EngineError`` when the engine does not answer, or answers nonsense.  Safe to share
     between a thread that runs prompts and one that fetches files.
     """
 
-    def __init__(self, url: str, *, timeout: float = 30.0) -> None:
+    def __init__(self, url: str, *, timeout: float = 30.0, stalled_after: float = 1800.0) -> None:
         self.url = url.rstrip("/")
+        self.stalled_after = stalled_after
         self._timeout = timeout
         self._session = requests.Session()
         self._session.trust_env = False  # a proxy of the environment is not for 127.0.0.1
@@ -144,7 +146,7 @@ class ComfyClient:
 
         Raises:
             GraphError: refused or failed; another try would end the same way.  "out of memory" is one.
-            EngineError: the engine is gone, silent, or has lost the prompt.
+            EngineError: the engine is gone, silent, hung, or has lost the prompt.
             JobCancelled: ``cancelled`` was set.
         """
         # A fresh id per attempt: duplicates share a history entry.  ComfyUI takes canonical UUIDs only.
@@ -265,13 +267,13 @@ class _Follower:
         self._client, self._graph, self._on_progress = client, graph, on_progress
         self._silent_after = silent_after
         self._seen = PromptProgress(prompt_id)
-        self._alive_at = self._polled_at = time.monotonic()
+        self._alive_at = self._polled_at = self._news_at = time.monotonic()
 
     def step(self, message: object | None, *, alone: bool) -> Outputs | None:
         """Take a message, or none; outputs once the prompt has ended.  ``alone``: there is no socket."""
         now = time.monotonic()
         if self._take(message):
-            self._alive_at = now
+            self._alive_at = self._news_at = now
         if not self._due(now, alone):
             return None
         self._polled_at = now
@@ -312,8 +314,13 @@ class _Follower:
         entry = self._client._history(prompt_id)
         if entry is not None:
             return self._outcome(entry)
-        if prompt_id in self._client._queue(ANSWER_SECONDS):
-            self._alive_at = time.monotonic()
+        if prompt_id in (queue := self._client._queue(ANSWER_SECONDS)):
+            self._alive_at = now = time.monotonic()
+            stalled = self._client.stalled_after
+            if prompt_id not in queue.running:
+                self._news_at = now
+            elif now - self._news_at > stalled:
+                raise EngineError(f"the engine hangs: no progress for {stalled:.0f} s, though it answers")
         elif time.monotonic() - self._alive_at > self._silent_after:
             raise EngineError(f"the engine does not know the prompt any more, for {self._silent_after:.0f} s")
         return None

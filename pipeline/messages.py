@@ -135,3 +135,20 @@ class RendererInfo:
     guard_pid: int
     device: str
     memory_gb: float
+    speed: float = 1.0
+    """Over that of the pool's fastest GPU, as far as it was measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class RendererState:
+    """What a renderer knows of itself."""
+
+    lane: int
+    node_id: str
+    """Ray's."""
+    index: int
+    """Which of its node's GPUs it stands for."""
+    info: RendererInfo | None
+    """None until its engine has answered."""
+    job: str | None
+    """Whose segment is in work."""

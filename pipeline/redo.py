@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.checkpoints import KeptWindows
-from pipeline.dispatch import Renderers, render_all
+from pipeline.dispatch import Held, Renderers, render_all
 from pipeline.errors import InvalidRequest, MediaError
 from pipeline.job import JobDirectory, finished, storage_errors
 from pipeline.messages import SegmentProgress, SegmentTask
@@ -232,7 +232,8 @@ def _render(
     with open_renderers() as renderers:
         lanes = len(renderers.start())
 
-        def tick(on_lanes: dict[int, int]) -> None:
+        def tick(held: Held) -> Iterable[int]:
+            on_lanes = dict(held)
             seen = {entry.index: entry for entry in renderers.progress()}.get(index)
             seen = seen or SegmentProgress(index, kept.count, 0.0, ())
             if index in on_lanes and seen.windows_done > kept.count:
@@ -247,6 +248,7 @@ def _render(
                 seen.window_seconds,
             )
             on_progress(JobProgress(job.name, "rendering", lanes, _states(plan, {index: state})))
+            return ()
 
         def next_task(part: Segment, attempt: int) -> SegmentTask:
             return task_for(part, attempt, kept)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from pipeline.checkpoints import KeptWindows, missing_segments
-from pipeline.dispatch import Renderers, render_all
+from pipeline.dispatch import Held, Renderers, render_all
 from pipeline.engine import EngineKind
 from pipeline.job import JobDirectory, storage_errors
 from pipeline.messages import NodeRuns, RendererInfo, SegmentProgress, SegmentTask
-from pipeline.plan import Plan, Segment, calculate_segments, chain_segments
+from pipeline.plan import Plan, Segment, calculate_segments, chain_segments, latents
 from pipeline.preparation import Preparation, prepare
 from pipeline.progress import JobProgress, SegmentState
 from pipeline.request import RenderRequest
@@ -29,9 +29,13 @@ from pipeline.result import RenderResult
 from pipeline.segment_files import SegmentFiles
 from pipeline.speech import find_pauses
 from pipeline.stitch import stitch
+from pipeline.stragglers import Run, held_up
 from pipeline.workflow import Workflow
 
 log = logging.getLogger(__name__)
+
+EQUAL = 0.9
+"""GPUs whose speeds differ by less than this are planned as equal: single segments differ by as much."""
 
 OnProgress = Callable[[JobProgress], None]
 T = TypeVar("T")
@@ -79,12 +83,12 @@ def render_video(
                     infos = renderers.start()
                     _log_devices(infos)
                     clock.lap("start")
-                    plan = known or _plan(request, prepared, len(infos), make_plan, workflow)
+                    plan = known or _plan(request, prepared, infos, make_plan, workflow)
                     if missing is None:
                         job.forget_segments()  # of a plan that is gone
                         job.write_json(job.plan, plan.to_json())
                         missing = missing_segments(job, plan)
-                    _log_plan(plan, job)
+                    _log_plan(plan, job, infos)
                     if request.continuity == "exact":
                         _log_exact(plan, len(infos), job)
                     recipe = prepared.recipe(request, job.name, workflow, plan)
@@ -93,7 +97,7 @@ def render_video(
                         return prepared.task(recipe, plan, segment, attempt, kept.count, kept.motion)
 
                     done = _render_missing(
-                        job, plan, missing, task_for, renderers, len(infos), max_attempts, watched
+                        job, plan, missing, task_for, renderers, infos, max_attempts, watched
                     )
                     clock.lap("render")
             on_progress(JobProgress(job.name, "joining", 0, _states(plan, job, {}, {})))
@@ -156,10 +160,11 @@ def _in_background(work: Callable[[threading.Event], T]) -> Iterator[Future[T]]:
 def _plan(
     request: RenderRequest,
     prepared: Preparation,
-    lanes: int,
+    infos: Sequence[RendererInfo],
     make_plan: Callable[[int, int], Plan] | None,
     workflow: Workflow,
 ) -> Plan:
+    lanes, speeds = len(infos), [round(max(info.speed, 0.01), 2) for info in infos]
     if make_plan is not None:
         return make_plan(prepared.total_frames, lanes)
     if request.continuity == "exact":
@@ -172,6 +177,7 @@ def _plan(
     return calculate_segments(
         prepared.total_frames,
         lanes,
+        speeds=speeds if min(speeds) < EQUAL * max(speeds) else None,
         overlap_frames=request.overlap_frames,
         partial_windows=not workflow.whole_segments,  # its node has no shorter windows
         use_multi_gpu=request.use_multi_gpu,
@@ -185,23 +191,28 @@ def _render_missing(
     missing: dict[int, KeptWindows],
     task_for: Callable[[Segment, int, KeptWindows], SegmentTask],
     renderers: Renderers,
-    lanes: int,
+    infos: Sequence[RendererInfo],
     max_attempts: int,
     on_progress: OnProgress,
 ) -> _Done:
     """Render what is not there yet, storing each window as it comes."""
     seconds: dict[int, tuple[float, ...]] = {}
     done = _Done()
+    paces = _Paces()
 
-    def tick(on_lanes: dict[int, int]) -> None:
-        running = {seen.index: seen for seen in renderers.progress()}
-        for index, lane in on_lanes.items():
+    def tick(held: Held) -> Iterable[int]:
+        running: dict[int, SegmentProgress] = {}
+        for seen in renderers.progress():  # of two runs of a segment, the one that is ahead
+            if seen.index not in running or seen.windows_done > running[seen.index].windows_done:
+                running[seen.index] = seen
+        for index, lane in held:
             kept = missing[index]
             if index in running and running[index].windows_done > kept.count:
                 for window in renderers.windows(lane, index, kept.count):
                     kept.keep(window)
-        states = _states(plan, job, on_lanes, running, seconds, missing)
-        on_progress(JobProgress(job.name, "rendering", lanes, states))
+        states = _states(plan, job, dict(reversed(held)), running, seconds, missing)
+        on_progress(JobProgress(job.name, "rendering", len(infos), states))
+        return held_up(paces.runs(states, missing), paces.of_finished(states))
 
     def next_task(segment: Segment, attempt: int) -> SegmentTask:
         kept = missing[segment.index]
@@ -216,7 +227,8 @@ def _render_missing(
         return task_for(segment, attempt, kept)
 
     todo = [segment for segment in plan.segments if segment.index in missing]
-    for rendered in render_all(todo, next_task, renderers, max_attempts, tick):
+    planned = [info.lane for info in infos]
+    for rendered in render_all(todo, next_task, renderers, max_attempts, tick, planned):
         for window in rendered.windows:
             missing[rendered.index].keep(window)
         seconds[rendered.index] = seconds.get(rendered.index, ()) + rendered.window_seconds
@@ -238,6 +250,39 @@ def _render_missing(
             },
         )
     return done
+
+
+class _Paces:
+    """How fast the segments in work are, from what a tick sees of them."""
+
+    def __init__(self) -> None:
+        self._last: dict[int, tuple[tuple[int, int | None], float]] = {}
+
+    def runs(self, states: Sequence[SegmentState], missing: dict[int, KeptWindows]) -> list[Run]:
+        found, now = [], time.monotonic()
+        for state in states:
+            index, lengths = state.segment.index, state.segment.windows
+            if state.stage != "rendering" or state.windows_done >= len(lengths):
+                continue
+            mark = (state.windows_done, state.lane)
+            if self._last.get(index, (None, 0.0))[0] != mark:
+                self._last[index] = (mark, now)
+            left = float(sum(latents(n) for n in lengths[missing[index].count :]))
+            window = float(latents(lengths[state.windows_done]))
+            found.append(Run(index, left, window, now - self._last[index][1], _pace(state)))
+        return found
+
+    @staticmethod
+    def of_finished(states: Sequence[SegmentState]) -> list[float]:
+        paces = (_pace(state) for state in states if state.stage == "finished")
+        return [pace for pace in paces if pace is not None]
+
+
+def _pace(state: SegmentState) -> float | None:
+    """Seconds for a latent frame in the segment's windows that were timed."""
+    first = state.windows_done - len(state.window_seconds)
+    timed = sum(latents(n) for n in state.segment.windows[max(0, first) : state.windows_done])
+    return sum(state.window_seconds) / timed if timed else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,7 +336,8 @@ def _log_devices(infos: Sequence[RendererInfo]) -> None:
         )
 
 
-def _log_plan(plan: Plan, job: JobDirectory) -> None:
+def _log_plan(plan: Plan, job: JobDirectory, infos: Sequence[RendererInfo]) -> None:
+    lanes = dict(enumerate(info.lane for info in infos))
     log.info(
         "created %d %s for processing",
         len(plan.segments),
@@ -300,14 +346,14 @@ def _log_plan(plan: Plan, job: JobDirectory) -> None:
     for segment in plan.segments:
         log.info(
             "GPU %d: frames %d-%d (%d frames)",
-            segment.gpu,
+            lanes.get(segment.gpu, segment.gpu),
             segment.start,
             segment.stop,
             segment.frames,
             extra={
                 "job": job.name,
                 "segment": segment.index,
-                "gpu": segment.gpu,
+                "gpu": lanes.get(segment.gpu, segment.gpu),
                 "windows": len(segment.windows),
             },
         )

@@ -105,6 +105,7 @@ class RenderRequest(BaseModel):
     seam: SeamMethod = "morph"
     """How segments are joined: rendered segments serve all of them."""
     use_multi_gpu: bool = True
+    gpu_count: int | None = Field(default=None, ge=1)
     continuity: Continuity = "segments"
     """``exact``: one chain of windows from the first frame to the last, on one GPU, without a seam."""
     max_chain_seconds: float | None = Field(default=None, ge=WINDOW / FPS, allow_inf_nan=False)

@@ -10,7 +10,7 @@ import shlex
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -55,6 +55,14 @@ class Settings(BaseModel):
     """How long an engine may leave every question unanswered before it counts as dead."""
     max_attempts: int = Field(default=3, ge=1)
     """How many renderers one segment may lose before the job fails."""
+    stalled_seconds: float = Field(default=1800, gt=0)
+    """How long a prompt may run without any progress before its engine counts as hung."""
+    idle_seconds: float = Field(default=900, gt=0)
+    """Engines that nobody used for so long end, unless a service keeps them warm."""
+    max_gpus: int = Field(default=0, ge=0)
+    """On an autoscaling cluster: ask Ray for nodes with at most so many GPUs; 0: use those that are there."""
+    speeds_file: Path | None = None
+    """Where measured speeds of GPUs are kept; default: ``infinitetalk/speeds.json`` in the user's cache."""
     scratch_dir: Path | None = None
     """Where engines keep their base directories, and logs; default: each node's own folder for such."""
     ray_address: str = "local"
@@ -79,6 +87,17 @@ class Settings(BaseModel):
     def scratch(self) -> Path:
         """``scratch_dir``, or this machine's own folder for temporary files."""
         return (self.scratch_dir or Path(tempfile.gettempdir())).resolve()
+
+    @property
+    def speeds_path(self) -> Path:
+        """``speeds_file``, or its place in the user's cache (XDG)."""
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return self.speeds_file or Path(cache) / "infinitetalk" / "speeds.json"
+
+    def of_engines(self) -> dict[str, Any]:
+        """The settings that an engine which is running can't take on any more."""
+        others = {"max_attempts", "ray_address", "speeds_file", "idle_seconds", "max_gpus"}
+        return self.model_dump(mode="json", exclude=others)
 
     @property
     def port_range(self) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 # Before Ray is imported anywhere: no telemetry, loopback only, no token files, engines at normal priority.
 os.environ.update(
@@ -13,6 +14,7 @@ os.environ.update(
 )
 for name in [name for name in os.environ if name.startswith("INFINITETALK_")]:
     del os.environ[name]
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="infinitetalk-cache-")  # speeds that tests measure
 
 import select
 import wave

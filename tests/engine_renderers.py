@@ -66,13 +66,19 @@ class EngineRenderers:
             left=len(task.windows) - task.first - len(seconds),
         )
 
+    def want(self, count: int, avoid: frozenset[int]) -> None:
+        pass
+
+    def arrival(self) -> Future[None]:
+        return Future()
+
     def windows(self, lane: int, segment: int, first: int) -> Sequence[WindowCheckpoint]:
         return ()
 
     def progress(self) -> Sequence[SegmentProgress]:
         return ()
 
-    def cancel(self) -> None:
+    def cancel(self, lane: int | None = None) -> None:
         self._stop.set()
 
 

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 import requests
 
-from actors.driver import render, renderer_pool
-from actors.pool import RendererPool
+from actors.driver import open_pool, render
+from actors.pool_client import PoolClient
 from pipeline.errors import JobCancelled
 from pipeline.messages import NodeRuns
 from pipeline.progress import JobProgress
@@ -124,9 +124,9 @@ def test_ctrl_c_ends_every_process(
 
 
 @pytest.fixture(scope="module")
-def pool(comfyui_settings: Settings) -> Iterator[RendererPool]:
+def pool(comfyui_settings: Settings) -> Iterator[PoolClient]:
     """Two renderers, each with a ComfyUI of its own, that have rendered nothing yet."""
-    with renderer_pool(comfyui_settings, 2) as started:
+    with open_pool(comfyui_settings, 2) as started:
         yield started
 
 
@@ -146,7 +146,7 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def jobs(
-    pool: RendererPool,
+    pool: PoolClient,
     comfyui_settings: Settings,
     tmp_path_factory: pytest.TempPathFactory,
     portrait: Path,
@@ -217,7 +217,7 @@ def test_a_second_job_of_the_same_models_loads_none(jobs: Jobs, mode: str) -> No
 
 
 def test_the_engines_own_logs_say_how_often_models_were_loaded(
-    jobs: Jobs, pool: RendererPool, comfyui_settings: Settings
+    jobs: Jobs, pool: PoolClient, comfyui_settings: Settings
 ) -> None:
     """The diffusion model twice in four jobs: for one speaker, and, with all unloaded before, for two."""
     assert len(jobs) == 4
@@ -227,7 +227,7 @@ def test_the_engines_own_logs_say_how_often_models_were_loaded(
 
 
 def test_a_cancelled_job_leaves_its_engines_idle_and_empty(
-    pool: RendererPool,
+    pool: PoolClient,
     comfyui_settings: Settings,
     tmp_path: Path,
     portrait: Path,

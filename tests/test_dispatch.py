@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
-from pipeline.dispatch import Lanes, render_all
+from pipeline.dispatch import Held, Lanes, render_all
 from pipeline.errors import GraphError, JobCancelled, RendererLost, RenderFailed, StorageError
 from pipeline.messages import RenderedSegment, RendererInfo, SegmentProgress, WindowCheckpoint
 from pipeline.plan import Segment
@@ -28,6 +28,8 @@ class ThreadRenderers:
         self._threads = ThreadPoolExecutor(8)
         self.log: list[tuple[int, int, int]] = []
         self.cancelled = threading.Event()
+        self.cancelled_lanes: list[int] = []
+        self.wanted: list[tuple[int, frozenset[int]]] = []
         self.windows_of_a_task = 20
         self.rendered: Counter[int] = Counter()
 
@@ -49,14 +51,23 @@ class ThreadRenderers:
 
         return self._threads.submit(run)
 
+    def want(self, count: int, avoid: frozenset[int]) -> None:
+        self.wanted.append((count, avoid))
+
+    def arrival(self) -> Future[None]:
+        return Future()
+
     def progress(self) -> Sequence[SegmentProgress]:
         return ()
 
     def windows(self, lane: int, segment: int, first: int) -> Sequence[WindowCheckpoint]:
         return ()
 
-    def cancel(self) -> None:
-        self.cancelled.set()
+    def cancel(self, lane: int | None = None) -> None:
+        if lane is None:
+            self.cancelled.set()
+        else:
+            self.cancelled_lanes.append(lane)
 
 
 def segments(*windows: int) -> list[Segment]:
@@ -66,7 +77,7 @@ def segments(*windows: int) -> list[Segment]:
 
 def run(work: Work, parts: list[Segment], lanes: int, attempts: int = 3) -> tuple[list[int], ThreadRenderers]:
     renderers = ThreadRenderers(work, lanes)
-    done = render_all(parts, lambda s, n: (s, n), renderers, attempts, lambda _: None)  # type: ignore[arg-type, return-value]
+    done = render_all(parts, lambda s, n: (s, n), renderers, attempts, lambda _: ())  # type: ignore[arg-type, return-value]
     return [rendered.index for rendered in done], renderers
 
 
@@ -128,7 +139,7 @@ def test_a_long_segment_is_several_tasks_and_losses_count_for_each() -> None:
 
     renderers = ThreadRenderers(work, 2)
     renderers.windows_of_a_task = 2
-    done = render_all(segments(5), lambda s, n: (s, n), renderers, 2, lambda _: None)  # type: ignore[arg-type, return-value]
+    done = render_all(segments(5), lambda s, n: (s, n), renderers, 2, lambda _: ())  # type: ignore[arg-type, return-value]
     assert [rendered.left for rendered in done] == [3, 1, 0]
     assert [attempt for _, attempt, _ in renderers.log] == [1, 2, 1, 2, 1, 2]
 
@@ -166,7 +177,7 @@ def test_a_graph_error_ends_the_job_at_once() -> None:
         hold.wait(10)
 
     renderers = ThreadRenderers(work, 2)
-    done = render_all(segments(1, 1), lambda s, n: (s, n), renderers, 3, lambda _: None)  # type: ignore[arg-type, return-value]
+    done = render_all(segments(1, 1), lambda s, n: (s, n), renderers, 3, lambda _: ())  # type: ignore[arg-type, return-value]
     with pytest.raises(RenderFailed, match=r"segment 0 .*GPU 0: Sampler \(KSampler\): CUDA out of memory"):
         list(done)
     hold.set()
@@ -213,8 +224,8 @@ def test_a_segment_lost_on_the_last_good_lane_is_tried_there_again() -> None:
 def test_a_lane_that_is_starting_gets_nothing_yet() -> None:
     """A replaced renderer takes work when its engine answers; until then the other lane does it all."""
     renderers = ThreadRenderers(nothing, 2)
-    renderers.state = Lanes(ready=frozenset({1}), starting=frozenset({0}))
-    done = render_all(segments(1, 1, 1), lambda s, n: (s, n), renderers, 3, lambda _: None)  # type: ignore[arg-type, return-value]
+    renderers.state = Lanes(ready=frozenset({1}), coming=frozenset({0}))
+    done = render_all(segments(1, 1, 1), lambda s, n: (s, n), renderers, 3, lambda _: ())  # type: ignore[arg-type, return-value]
     assert len(list(done)) == 3
     assert {lane for _, _, lane in renderers.log} == {1}
 
@@ -222,14 +233,15 @@ def test_a_lane_that_is_starting_gets_nothing_yet() -> None:
 def test_waiting_for_a_lane_ends_with_it() -> None:
     """With nothing ready the job waits for what is starting, and fails when that has gone too."""
     renderers = ThreadRenderers(nothing, 1)
-    renderers.state = Lanes(ready=frozenset(), starting=frozenset({0}))
+    renderers.state = Lanes(ready=frozenset(), coming=frozenset({0}))
     ticks = 0
 
-    def tick(_: dict[int, int]) -> None:
+    def tick(_: Held) -> Iterable[int]:
         nonlocal ticks
         ticks += 1
         if ticks == 3:
             renderers.state = Lanes(ready=frozenset())
+        return ()
 
     with pytest.raises(RenderFailed, match="no renderer is left; no engine answers"):
         list(render_all(segments(1), lambda s, n: (s, n), renderers, 3, tick))  # type: ignore[arg-type, return-value]
@@ -245,8 +257,66 @@ def test_leaving_early_cancels_what_is_in_work() -> None:
             hold.wait(10)
 
     renderers = ThreadRenderers(work, 2)
-    done = render_all(segments(1, 1), lambda s, n: (s, n), renderers, 3, lambda _: None)  # type: ignore[arg-type, return-value]
+    done = render_all(segments(1, 1), lambda s, n: (s, n), renderers, 3, lambda _: ())  # type: ignore[arg-type, return-value]
     assert next(done).index == 0
     done.close()  # type: ignore[attr-defined]
     assert renderers.cancelled.is_set()
     hold.set()
+
+
+def test_a_held_up_segment_is_run_twice_and_the_faster_run_counts() -> None:
+    """Lane 0 is stuck: its segment is run a second time on lane 1, idle by then; lane 0 is cancelled."""
+    stuck = threading.Event()
+
+    def work(segment: int, _attempt: int, lane: int) -> None:
+        if lane == 0:
+            stuck.wait(10)
+            raise JobCancelled("j")
+
+    renderers = ThreadRenderers(work, 2)
+    done = render_all(
+        segments(2, 1), lambda s, n: (s, n), renderers, 3, lambda held: {index for index, _ in held}
+    )  # type: ignore[arg-type, return-value]
+    assert sorted(rendered.index for rendered in done) == [0, 1]
+    stuck.set()
+    assert sorted(renderers.log) == [(0, 1, 0), (0, 1, 1), (1, 1, 1)]
+    assert renderers.cancelled_lanes == [0]
+    assert not renderers.cancelled.is_set()
+
+
+def test_a_second_run_that_is_lost_costs_nothing() -> None:
+    """The first run goes on; no attempt is counted, and there is no third run."""
+    second_lost = threading.Event()
+
+    def work(segment: int, _attempt: int, lane: int) -> None:
+        if segment == 0 and lane == 0:
+            assert second_lost.wait(10)
+        elif segment == 0:
+            second_lost.set()
+            raise RendererLost(0, "bad luck")
+
+    renderers = ThreadRenderers(work, 2)
+    done = render_all(
+        segments(2, 1), lambda s, n: (s, n), renderers, 1, lambda held: {index for index, _ in held}
+    )  # type: ignore[arg-type, return-value]
+    assert sorted(rendered.index for rendered in done) == [0, 1]
+    assert [entry for entry in renderers.log if entry[0] == 0] == [(0, 1, 0), (0, 1, 1)]
+
+
+def test_a_lane_that_is_of_no_use_is_not_asked_for() -> None:
+    """The lane on which the only segment was lost is avoided, as long as another may come."""
+
+    def work(_segment: int, _attempt: int, lane: int) -> None:
+        if lane == 0:
+            raise RendererLost(0, "a crash")
+
+    renderers = ThreadRenderers(work, 2)
+    renderers.state = Lanes(ready=frozenset({0}), coming=frozenset({1}))
+
+    def tick(held: Held) -> Iterable[int]:
+        if (1, frozenset({0})) in renderers.wanted:
+            renderers.state = Lanes(ready=frozenset({0, 1}))
+        return ()
+
+    done = render_all(segments(1), lambda s, n: (s, n), renderers, 3, tick)  # type: ignore[arg-type, return-value]
+    assert [rendered.lane for rendered in done] == [1]

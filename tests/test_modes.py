@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from actors.driver import choose_workflow, renderer_pool
+from actors.driver import choose_workflow, open_pool
 from actors.driver import render as render_job
-from actors.pool import RendererPool
+from actors.pool_client import PoolClient
 from pipeline.comfy_client import ComfyClient
 from pipeline.engine import RunningEngine, choose_engine, running_engine
 from pipeline.errors import GraphError
@@ -244,11 +244,11 @@ def test_two_speakers_need_the_nodes(tmp_path: Path, couple: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RendererPool]:
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PoolClient]:
     """Two draft renderers of one Ray session for all wrapper modes."""
     scratch = tmp_path_factory.mktemp("pool")
     settings = Settings(engine="draft", scratch_dir=scratch, ports="18470-18489")
-    with renderer_pool(settings, 2) as running:
+    with open_pool(settings, 2) as running:
         yield running
 
 
@@ -268,7 +268,7 @@ def still_video(path: Path, picture: Path, width: int) -> Path:
 @pytest.mark.parametrize("source", ["image", "video"])
 @pytest.mark.parametrize("people", ["single", "multi"])
 def test_wrapper_modes_give_the_exact_video(
-    pool: RendererPool, portrait: Path, couple: Path, tmp_path: Path, source: str, people: str
+    pool: PoolClient, portrait: Path, couple: Path, tmp_path: Path, source: str, people: str
 ) -> None:
     """Through driver, Ray and stitching: every frame is there, and each mouth moves with its speech."""
     two = people == "multi"

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, wait
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import ray
 
-from actors.pool import RendererPool
+from actors.pool_client import LeasedRenderers, PoolClient
 from pipeline.draft.stamp import read_stamp
 from pipeline.errors import EngineError, JobCancelled, OutOfMemory, RendererLost
 from pipeline.frames import read_stack
-from pipeline.messages import NodeRuns
+from pipeline.messages import NodeRuns, RenderedSegment, RendererInfo, SegmentTask
 from pipeline.segment import rest
 from pipeline.settings import Settings
 from pipeline.workflow import load
@@ -39,30 +42,50 @@ def local_ray() -> Iterator[None]:
     ray.shutdown()
 
 
+class Pool:
+    """A pool, and one job in it that has all of its lanes."""
+
+    def __init__(self, client: PoolClient, renderers: LeasedRenderers, lanes: int) -> None:
+        self.client, self.renderers, self.lanes = client, renderers, lanes
+
+    def start(self) -> Sequence[RendererInfo]:
+        return self.client.start()[: self.lanes]
+
+    def submit(self, task: SegmentTask, lane: int) -> Future[RenderedSegment]:
+        hold(self.renderers, lane, avoid=frozenset(range(self.lanes, 2)))
+        return self.renderers.submit(task, lane)
+
+    def close(self) -> None:
+        self.renderers.close()
+        self.client.end()
+
+
+def hold(renderers: LeasedRenderers, lane: int, avoid: frozenset[int] = frozenset()) -> None:
+    """Wait until the job has the lane (and all before it)."""
+    deadline = time.monotonic() + 60
+    while lane not in renderers.lanes().ready:
+        assert time.monotonic() < deadline
+        renderers.want(lane + 1, avoid)
+        wait([renderers.arrival()], timeout=1)
+
+
 @pytest.fixture
-def open_pool(tmp_path: Path) -> Iterator[Callable[..., RendererPool]]:
-    pools: list[RendererPool] = []
+def open_pool(tmp_path: Path) -> Iterator[Callable[..., Pool]]:
+    with ExitStack() as pools:
 
-    def start(lanes: int, draft_args: str = "", **more: object) -> RendererPool:
-        settings = Settings.model_validate(
-            {
-                "engine": "draft",
-                "draft_args": draft_args,
-                "ports": "18240-18259",
-                "scratch_dir": tmp_path,
-                **more,
-            }
-        )
-        pools.append(RendererPool(lanes, settings))
-        return pools[-1]
+        def start(lanes: int, draft_args: str = "", **more: object) -> Pool:
+            settings = Settings.model_validate(
+                {"engine": "draft", "draft_args": draft_args, "scratch_dir": tmp_path, **more}
+            )
+            client = PoolClient(settings)
+            pools.callback(client.end)
+            return Pool(client, pools.enter_context(client.job("test", at_most=lanes)), lanes)
 
-    yield start
-    for pool in pools:
-        pool.close()
+        yield start
 
 
 def test_each_renderer_owns_an_engine_of_its_own(
-    open_pool: Callable[..., RendererPool], portrait: Path, tmp_path: Path, wait_gone: WaitGone
+    open_pool: Callable[..., Pool], portrait: Path, tmp_path: Path, wait_gone: WaitGone
 ) -> None:
     """Two lanes, two ports; a segment comes back as files; closing leaves no process and no folder."""
     pool = open_pool(2)
@@ -80,17 +103,17 @@ def test_each_renderer_owns_an_engine_of_its_own(
 
 
 def test_a_killed_renderer_takes_its_engine_along_and_is_replaced(
-    open_pool: Callable[..., RendererPool], portrait: Path, tmp_path: Path, wait_gone: WaitGone
+    open_pool: Callable[..., Pool], portrait: Path, tmp_path: Path, wait_gone: WaitGone
 ) -> None:
     """kill -9 of the actor in its second window: nothing of it is left, and the lane renders the rest."""
     pool = open_pool(1, "--draft-window-seconds 1.5")
     (info,) = pool.start()
     task = task_of(portrait)
     work = pool.submit(task, 0)
-    while not (first := pool.windows(0, task.index, 0)):
+    while not (first := pool.renderers.windows(0, task.index, 0)):
         assert not work.done()
     assert [window.window for window in first] == [0]
-    assert pool.windows(0, task.index, 1) == ()  # it was let go
+    assert pool.renderers.windows(0, task.index, 1) == ()  # it was let go
     os.kill(info.pid, signal.SIGKILL)
     with pytest.raises(RendererLost, match="the renderer of GPU 0 is gone"):
         work.result(30)
@@ -101,17 +124,17 @@ def test_a_killed_renderer_takes_its_engine_along_and_is_replaced(
     assert (others.nodes["KSampler"].ran, others.left) == (2, 0)
     frames = read_stack(joined([*first, *others.windows], tmp_path).path("head"), FRAMES)
     assert [stamp.frame for stamp in map(read_stamp, frames) if stamp] == list(range(FRAMES))
-    assert len(list(tmp_path.glob("infinitetalk-engine-*"))) == 1
+    assert len(list(tmp_path.glob("infinitetalk-engine-*"))) == 2  # of the two lanes
 
 
 def test_a_killed_engine_is_told_with_its_log(
-    open_pool: Callable[..., RendererPool], portrait: Path, wait_gone: WaitGone
+    open_pool: Callable[..., Pool], portrait: Path, wait_gone: WaitGone
 ) -> None:
     """kill -9 of the engine: the reason names pid and exit code and carries the log; the lane is replaced."""
     pool = open_pool(1, "--draft-window-seconds 30")
     (info,) = pool.start()
     work = pool.submit(task_of(portrait, **SHORT), 0)
-    while not pool.progress():
+    while not pool.renderers.progress():
         assert not work.done()
     os.kill(info.engine_pid, signal.SIGKILL)
     with pytest.raises(RendererLost) as lost:
@@ -122,7 +145,7 @@ def test_a_killed_engine_is_told_with_its_log(
     assert pool.start()[0].engine_pid != info.engine_pid
 
 
-def test_out_of_memory_gets_one_more_try(open_pool: Callable[..., RendererPool], portrait: Path) -> None:
+def test_out_of_memory_gets_one_more_try(open_pool: Callable[..., Pool], portrait: Path) -> None:
     """Out of memory once: everything is unloaded, and the same renderer makes the segment."""
     pool = open_pool(1, "--draft-fault oom@1")
     (info,) = pool.start()
@@ -131,7 +154,7 @@ def test_out_of_memory_gets_one_more_try(open_pool: Callable[..., RendererPool],
     assert pool.start()[0].pid == info.pid
 
 
-def test_out_of_memory_costs_one_window_only(open_pool: Callable[..., RendererPool], portrait: Path) -> None:
+def test_out_of_memory_costs_one_window_only(open_pool: Callable[..., Pool], portrait: Path) -> None:
     """Out of memory in the second window: the second try goes on with it."""
     pool = open_pool(1, "--draft-fault oom@2")
     rendered = pool.submit(task_of(portrait), 0).result(60)
@@ -139,7 +162,7 @@ def test_out_of_memory_costs_one_window_only(open_pool: Callable[..., RendererPo
     assert (rendered.nodes["KSampler"].ran, rendered.left) == (2, 0)
 
 
-def test_models_stay_warm_between_jobs(open_pool: Callable[..., RendererPool], portrait: Path) -> None:
+def test_models_stay_warm_between_jobs(open_pool: Callable[..., Pool], portrait: Path) -> None:
     """The next segment of the next job loads nothing again, and encodes neither prompt nor portrait."""
     pool = open_pool(1)
     pool.submit(task_of(portrait, **SHORT), 0).result(60)
@@ -150,7 +173,7 @@ def test_models_stay_warm_between_jobs(open_pool: Callable[..., RendererPool], p
     assert "KSampler" in ran
 
 
-def test_errors_arrive_as_our_own(open_pool: Callable[..., RendererPool], portrait: Path) -> None:
+def test_errors_arrive_as_our_own(open_pool: Callable[..., Pool], portrait: Path) -> None:
     """Out of memory twice: the node, the engine's words and a size that needs half; the renderer stays."""
     pool = open_pool(1, "--draft-fault oom@1 --draft-fault oom@2")
     (info,) = pool.start()
@@ -160,22 +183,22 @@ def test_errors_arrive_as_our_own(open_pool: Callable[..., RendererPool], portra
     assert pool.start()[0].pid == info.pid
 
 
-def test_an_engine_that_can_not_start_is_the_pools_error(open_pool: Callable[..., RendererPool]) -> None:
+def test_an_engine_that_can_not_start_is_the_pools_error(open_pool: Callable[..., Pool]) -> None:
     """start() raises what the engine's end was, not a bare actor error."""
     with pytest.raises(EngineError, match="exit code 1"):
         open_pool(1, "--draft-fault die-at-start").start()
 
 
 def test_a_hung_engine_does_not_hold_up_cancelling(
-    open_pool: Callable[..., RendererPool], portrait: Path, wait_gone: WaitGone
+    open_pool: Callable[..., Pool], portrait: Path, wait_gone: WaitGone
 ) -> None:
     """An engine that ignores interrupts: cancel returns, the work ends as cancelled, close kills it."""
     pool = open_pool(1, "--draft-fault hang@1")
     (info,) = pool.start()
     work = pool.submit(task_of(portrait, **SHORT), 0)
-    while not pool.progress():
+    while not pool.renderers.progress():
         assert not work.done()
-    pool.cancel()
+    pool.renderers.cancel()
     with pytest.raises(JobCancelled):
         work.result(10)
     pool.close()
@@ -187,7 +210,7 @@ def test_a_workflow_travels_with_the_task() -> None:
     assert ray.get(ray.put(load("image_single"))) == load("image_single")
 
 
-def test_memory_does_not_grow_with_a_segment(open_pool: Callable[..., RendererPool], portrait: Path) -> None:
+def test_memory_does_not_grow_with_a_segment(open_pool: Callable[..., Pool], portrait: Path) -> None:
     """A segment of 20 windows takes no more memory than one of 2, in the renderer and in its engine."""
     pool = open_pool(1)
     (info,) = pool.start()
