@@ -50,9 +50,9 @@ FILES = {
 FIELDS = {
     "max_frame": "max_frames",
     "sample_steps": "steps",
-    "use_multi_gpu": "use_multi_gpu",
+    "gpuCount": "gpu_count",
 }
-IGNORED = ("input_type", "person_count", "network_volume", "gpuCount", "gpu_count", "order")
+IGNORED = ("input_type", "person_count", "network_volume", "order")
 
 
 class Policy(BaseModel):
