@@ -15,7 +15,7 @@ from tests.service_process import Service, running_service
 from tests.test_browser import CHROMIUM, FLAGS
 
 pytestmark = [
-    pytest.mark.timeout(180),
+    pytest.mark.timeout(300),
     pytest.mark.skipif(
         CHROMIUM is None, reason="no chromium here (make programs installs Debian's, as root)"
     ),

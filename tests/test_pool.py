@@ -19,6 +19,7 @@ from pipeline.messages import NodeRuns
 from pipeline.segment import rest
 from pipeline.settings import Settings
 from pipeline.workflow import load
+from tests.free_ports import free_ports
 from tests.test_segment import FRAMES, SIZE, START, joined, task_of, wav
 
 WaitGone = Callable[[Iterable[int], float], list[int]]
@@ -48,7 +49,7 @@ def open_pool(tmp_path: Path) -> Iterator[Callable[..., RendererPool]]:
             {
                 "engine": "draft",
                 "draft_args": draft_args,
-                "ports": "18240-18259",
+                "ports": free_ports(10),
                 "scratch_dir": tmp_path,
                 **more,
             }

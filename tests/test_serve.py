@@ -25,7 +25,7 @@ from pipeline.frames import check_video
 from tests.conftest import ROOT
 from tests.service_process import HEADERS, Service, kill_all, running_service
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture(scope="module")
