@@ -27,6 +27,7 @@ from pipeline.render import OnProgress, render_video
 from pipeline.request import RenderRequest
 from pipeline.result import RenderResult
 from pipeline.settings import Settings
+from pipeline.vocals import VocalSeparator
 from pipeline.workflow import Workflow, load
 from pipeline.workflow_family import WRAPPER, workflow_for
 
@@ -100,6 +101,7 @@ def render(
             max_attempts=settings.max_attempts,
             on_progress=on_progress,
             make_plan=make_plan,
+            separator=VocalSeparator.configured(settings),
         )
     except (PipelineError, KeyboardInterrupt) as error:
         if job.has_segments:

@@ -165,7 +165,7 @@ class JobRunner:
             except PipelineError as error:
                 log.error("job %s failed: %s", job.id, error, extra={"job": job.id})
                 said = _error(_code(error), str(error))
-                if isinstance(error, ConfigurationError):
+                if isinstance(error, ConfigurationError) and watch.stage != "preparing":
                     self._close_pool()  # the next job gets new renderers
             except Exception:
                 log.exception("job %s failed in a way that nobody foresaw", job.id, extra={"job": job.id})

@@ -49,6 +49,11 @@ class JobWatch:
         """Why the job is to end."""
         return "stopping" if self.stop.is_set() and self._reason == "running" else self._reason
 
+    @property
+    def stage(self) -> str:
+        """What the job is at, as ``JobProgress`` calls it."""
+        return str(self._values["stage"])
+
     def __enter__(self) -> JobWatch:
         for name in _LOGGERS:
             logging.getLogger(name).addHandler(self._handler)
