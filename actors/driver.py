@@ -104,7 +104,7 @@ def render(
             separator=VocalSeparator.configured(settings),
         )
     except (PipelineError, KeyboardInterrupt) as error:
-        if job.has_segments:
+        if job.has_segments or (job.voice.exists() and not isinstance(error, InvalidRequest)):
             log.warning("what is finished is kept in %s; the same command goes on with the rest", job.path)
         elif job_dir is None and not (isinstance(error, InvalidRequest) and error.field == "job"):
             job.remove()

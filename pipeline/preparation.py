@@ -183,6 +183,13 @@ def prepare(
     sounds = {"sound": request.audio} | ({} if request.audio_2 is None else {"sound_2": request.audio_2})
     originals = {kind: _copy_or_original(job, kind, path) for kind, path in sounds.items()}
     part = Part(request.audio_start, request.audio_end)
+    video, source, size = _picture(request, job)
+    masks: tuple[bytes, ...] = ()
+    if request.audio_2 is not None:
+        given = {name: _copy_or_original(job, name, path) for name, path in _mask_files(request).items()}
+        masks = speaker_masks(request.model_copy(update=given), source, size)
+        for name, path in given.items():
+            job.take_input(name, path)
 
     def voice_of(sound: Path, voice: Path) -> Path | None:
         if request.vocals == "mixed":
@@ -196,13 +203,6 @@ def prepare(
     total = frames_of(duration.numerator, duration.denominator)
     if request.max_frames is not None and request.max_frames < total:
         total, duration = request.max_frames, Fraction(request.max_frames, FPS)
-    video, source, size = _picture(request, job)
-    masks: tuple[bytes, ...] = ()
-    if request.audio_2 is not None:
-        given = {name: _copy_or_original(job, name, path) for name, path in _mask_files(request).items()}
-        masks = speaker_masks(request.model_copy(update=given), source, size)
-        for name, path in given.items():
-            job.take_input(name, path)
     kept = tuple(job.take_input(kind, path) for kind, path in originals.items())
     in_turns = request.audio_order == "in_turns"
     portrait = None if video else job.portrait

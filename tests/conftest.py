@@ -32,7 +32,10 @@ SHARED = ROOT.parent / "shared"
 collect_ignore = ["comfyui_nodes"]  # for ComfyUI, not for pytest
 
 LEFT_OUT = pytest.StashKey[int]()
-LONGEST = ("test_serve", "test_crashes", "test_end_to_end", "test_cluster", "test_page", "test_pool")
+LONGEST = (
+    *("test_crashes", "test_end_to_end", "test_serve", "test_refusals"),
+    *("test_pool", "test_modes", "test_page", "test_cluster"),
+)
 """Files that parallel runs begin with: one that takes minutes must not be the last."""
 
 

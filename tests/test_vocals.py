@@ -18,7 +18,7 @@ from pipeline.request import RenderRequest
 from pipeline.settings import Settings
 from pipeline.speech import find_pauses
 from pipeline.vocals import VocalSeparator
-from tests.render_command import Command
+from tests.render_command import Command, decoded
 
 SECONDS = 4.0
 
@@ -219,6 +219,26 @@ time.sleep(60)
             tmp_path, portrait, separator(tmp_path, then), cancelled, audio=mixed(tmp_path), vocals="separate"
         )
     assert wait_gone(map(int, told.read_text().split()), 5) == []
+
+
+def test_what_was_separated_is_kept_when_engines_do_not_start(
+    render: Callable[..., Command], tmp_path: Path
+) -> None:
+    """The command separates, fails, and goes on with the voice that it has; the video is whole."""
+    separator(tmp_path)
+    output = tmp_path / "talk.mp4"
+    arguments = ("--audio", mixed(tmp_path), "--vocals", "separate", "--gpus", 1, "-o", output)
+    first = render(
+        *arguments,
+        draft_args="--draft-fault die-at-start",
+        INFINITETALK_VOCAL_SEPARATOR=command_of(tmp_path / "separator.py"),
+    )
+    assert first.finish() == 1, first.log
+    assert "separating the voice" in first.log
+    second = render(*arguments)
+    assert second.finish() == 0, second.log
+    assert "separating the voice" not in second.log
+    assert len(decoded(output)) == 100
 
 
 def test_without_a_separator_it_is_told_before_anything_starts(tmp_path: Path, portrait: Path) -> None:
