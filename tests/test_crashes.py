@@ -25,8 +25,6 @@ from tests.render_command import (
     wait_for_window,
 )
 
-pytestmark = pytest.mark.timeout(300)
-
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_cancels_and_the_same_command_goes_on(

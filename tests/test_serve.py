@@ -25,8 +25,6 @@ from pipeline.frames import check_video
 from tests.conftest import ROOT
 from tests.service_process import HEADERS, Service, kill_all, running_service
 
-pytestmark = pytest.mark.timeout(300)
-
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
