@@ -2,6 +2,8 @@
 # make test   the tests
 PYTHON ?= python3
 BIN := .venv/bin
+# Processes that share the test files: most tests wait.  `pytest tests/test_x.py` alone needs none.
+WORKERS ?= 3
 # Pins of everything that the pinned packages bring along.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -33,7 +35,7 @@ test: .venv/dev programs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 bench: .venv/dev
 	$(BIN)/python -m bench.scaling

@@ -23,6 +23,7 @@ from pipeline.request import (
     RenderRequest,
     SeamMethod,
     SizeName,
+    Vocals,
 )
 from pipeline.settings import Settings
 from pipeline.timeline import FPS
@@ -61,6 +62,12 @@ def add_command(commands: Any) -> None:
             metavar="X0,Y0,X1,Y1",
             help=f"or speaker {number} as a box in pixels (default: {('left', 'right')[number - 1]} half)",
         )
+    picture.add_argument(
+        "--vocals",
+        choices=get_args(Vocals),
+        default="mixed",
+        help="separate: the model hears the voice without the music (INFINITETALK_VOCAL_SEPARATOR)",
+    )
     output = command.add_argument_group("output")
     output.add_argument("-o", "--output", type=Path, metavar="FILE", required=True, help="the mp4 to write")
     output.add_argument("--size", choices=get_args(SizeName), help="so many pixels (default: 480p)")
@@ -160,6 +167,7 @@ def run(options: argparse.Namespace) -> int:
                 max_frames=options.max_frames,
                 audio_start=options.audio_start,
                 audio_end=options.audio_end,
+                vocals=options.vocals,
                 fps=options.fps,
                 overlap_frames=options.overlap_frames,
                 seam=options.seam,

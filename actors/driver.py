@@ -27,6 +27,7 @@ from pipeline.render import OnProgress, render_video
 from pipeline.request import RenderRequest
 from pipeline.result import RenderResult
 from pipeline.settings import Settings
+from pipeline.vocals import VocalSeparator
 from pipeline.workflow import Workflow, load
 from pipeline.workflow_family import WRAPPER, workflow_for
 
@@ -111,9 +112,10 @@ def render(
             max_attempts=settings.max_attempts,
             on_progress=on_progress,
             make_plan=make_plan,
+            separator=VocalSeparator.configured(settings),
         )
     except (PipelineError, KeyboardInterrupt) as error:
-        if job.has_segments:
+        if job.has_segments or (job.voice.exists() and not isinstance(error, InvalidRequest)):
             log.warning("what is finished is kept in %s; the same command goes on with the rest", job.path)
         elif job_dir is None and not (isinstance(error, InvalidRequest) and error.field == "job"):
             job.remove()

@@ -194,8 +194,9 @@ class GuardedProcess:
     """A command below ``process_guard``; ``exited`` is set as soon as it has ended."""
 
     def __init__(
-        self, command: list[str], folder: Path, base_dir: Path, output: IO[bytes], lock: int
+        self, command: list[str], folder: Path, base_dir: Path, output: IO[bytes], keep: Sequence[int] = ()
     ) -> None:
+        """``base_dir`` is removed at the end; ``keep``: descriptors that it inherits."""
         self._started = threading.Event()
         self.exited = threading.Event()
         self.pid = self.guard_pid = 0
@@ -208,13 +209,13 @@ class GuardedProcess:
             stderr=output,
             cwd=folder,
             env=_engine_environment(command),
-            pass_fds=(lock,),
+            pass_fds=keep,
         )
         threading.Thread(target=self._listen, name="engine-guard", daemon=True).start()
         self._launcher.wait()  # the launcher forks and leaves; the guard holds the pipes
         if not self._started.wait(STOP_SECONDS):
             self.stop()
-            raise EngineError("the engine's guard process did not start", tail(Path(output.name)))
+            raise EngineError("the guard process did not start", tail(Path(output.name)))
 
     def _listen(self) -> None:
         assert self._launcher.stdout is not None
@@ -287,7 +288,7 @@ def _started(
         *("--database-url", f"sqlite:///{base_dir}/user/comfyui.db"),
     ]
     with log_path.open("wb") as output:
-        process = GuardedProcess(command, program.folder, base_dir, output, lock)
+        process = GuardedProcess(command, program.folder, base_dir, output, (lock,))
     cleanup.callback(process.stop)
     engine = RunningEngine(
         f"http://127.0.0.1:{port}", port, process.guard_pid, process.pid, base_dir, log_path, process

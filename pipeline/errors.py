@@ -10,7 +10,7 @@
       EngineError          the engine process died, never came up, or went silent
       RendererLost         a renderer is gone in the middle of a segment; the segment deserves another try
       RenderFailed         a segment can't be made; ends the job
-      MediaError           ffmpeg or a decoder failed on our own files
+      MediaError           ffmpeg, a decoder or the vocal separator failed on our own files
       DownloadError        a weight did not arrive whole; the same command goes on with it
       JobCancelled         somebody asked for it
       JobNotFound          there is no such job (any more)
@@ -127,7 +127,7 @@ class RenderFailed(PipelineError):
 
 
 class MediaError(PipelineError):
-    """ffmpeg or a decoder failed on a file of ours; carries what it said."""
+    """ffmpeg, a decoder or the vocal separator failed on a file of ours; carries what it said."""
 
     def __init__(self, what: str, log: str = "") -> None:
         super().__init__(what, log)

@@ -59,6 +59,15 @@ class JobDirectory:
         return self.path / "inputs" / "speech_2.wav"
 
     @property
+    def voice(self) -> Path:
+        """The voice that was separated from the sound."""
+        return self.path / "inputs" / "voice.wav"
+
+    @property
+    def voice_2(self) -> Path:
+        return self.path / "inputs" / "voice_2.wav"
+
+    @property
     def plan(self) -> Path:
         return self.path / "plan.json"
 

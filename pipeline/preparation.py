@@ -6,7 +6,9 @@ business.
 
 from __future__ import annotations
 
+import logging
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -22,7 +24,10 @@ from pipeline.sound import WHOLE, Part, make_track, mix_tracks
 from pipeline.source_video import SourceVideo
 from pipeline.speech import Speech, cut_speech, prepare_speech
 from pipeline.timeline import FPS, SPEECH_RATE, frames_of
+from pipeline.vocals import VocalSeparator, separate_vocals
 from pipeline.workflow import Workflow
+
+log = logging.getLogger(__name__)
 
 SPEECH_MARGIN = 64
 """Frames of speech around a window that the audio encoder hears too: its position convolution reaches
@@ -162,19 +167,22 @@ def window_starts(segment: Segment, motion: int) -> list[int]:
     return starts
 
 
-def prepare(request: RenderRequest, job: JobDirectory) -> Preparation:
+def prepare(
+    request: RenderRequest,
+    job: JobDirectory,
+    separator: VocalSeparator | None = None,
+    tick: Callable[[], None] = lambda: None,
+) -> Preparation:
     """Check and convert the inputs into the job directory.
 
-    Raises ``InvalidRequest`` naming the field, ``StorageError``.
+    ``separator``: for a request that wants the vocals separated; it runs once in a job's life, and ``tick``
+    is called meanwhile.  Raises ``InvalidRequest`` naming the field, ``StorageError``, what
+    ``separate_vocals`` raises.
     """
     # The caller's own files are read first, so that errors name them; the copies serve a later start.
     sounds = {"sound": request.audio} | ({} if request.audio_2 is None else {"sound_2": request.audio_2})
     originals = {kind: _copy_or_original(job, kind, path) for kind, path in sounds.items()}
     part = Part(request.audio_start, request.audio_end)
-    speech, duration = _speech(request, job, list(originals.values()), part)
-    total = frames_of(duration.numerator, duration.denominator)
-    if request.max_frames is not None and request.max_frames < total:
-        total, duration = request.max_frames, Fraction(request.max_frames, FPS)
     video, source, size = _picture(request, job)
     masks: tuple[bytes, ...] = ()
     if request.audio_2 is not None:
@@ -182,6 +190,19 @@ def prepare(request: RenderRequest, job: JobDirectory) -> Preparation:
         masks = speaker_masks(request.model_copy(update=given), source, size)
         for name, path in given.items():
             job.take_input(name, path)
+
+    def voice_of(sound: Path, voice: Path) -> Path | None:
+        if request.vocals == "mixed":
+            return None
+        if not voice.exists():
+            log.info("separating the voice from the music", extra={"job": job.name})
+            separate_vocals(separator, sound, part, voice, job.work / "vocals", tick)
+        return voice
+
+    speech, duration = _speech(request, job, list(originals.values()), part, voice_of)
+    total = frames_of(duration.numerator, duration.denominator)
+    if request.max_frames is not None and request.max_frames < total:
+        total, duration = request.max_frames, Fraction(request.max_frames, FPS)
     kept = tuple(job.take_input(kind, path) for kind, path in originals.items())
     in_turns = request.audio_order == "in_turns"
     portrait = None if video else job.portrait
@@ -189,15 +210,22 @@ def prepare(request: RenderRequest, job: JobDirectory) -> Preparation:
 
 
 def _speech(
-    request: RenderRequest, job: JobDirectory, sounds: list[Path], part: Part
+    request: RenderRequest,
+    job: JobDirectory,
+    sounds: list[Path],
+    part: Part,
+    voice_of: Callable[[Path, Path], Path | None],
 ) -> tuple[tuple[Speech, ...], Fraction]:
-    """The track of each speaker on the job's clock, and the seconds that all of them last."""
-    first = prepare_speech(sounds[0], job.speech, part=part)
+    """The track of each speaker on the job's clock, and the seconds that all of them last.
+
+    ``voice_of(sound, place)``: the voice alone, where it is wanted.
+    """
+    first = prepare_speech(sounds[0], job.speech, 0, part, voice_of(sounds[0], job.voice))
     if len(sounds) == 1:
         return (first,), first.source_seconds
     lead = round(first.source_seconds * SPEECH_RATE) if request.audio_order == "in_turns" else 0
     try:
-        second = prepare_speech(sounds[1], job.speech_2, lead)
+        second = prepare_speech(sounds[1], job.speech_2, lead, voice=voice_of(sounds[1], job.voice_2))
     except InvalidRequest as error:
         raise InvalidRequest("audio_2", error.reason) from error
     ends = (round(first.source_seconds * SPEECH_RATE), lead + round(second.source_seconds * SPEECH_RATE))

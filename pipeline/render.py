@@ -30,6 +30,7 @@ from pipeline.segment_files import SegmentFiles
 from pipeline.speech import find_pauses
 from pipeline.stitch import stitch
 from pipeline.stragglers import Run, held_up
+from pipeline.vocals import VocalSeparator
 from pipeline.workflow import Workflow
 
 log = logging.getLogger(__name__)
@@ -52,17 +53,20 @@ def render_video(
     max_attempts: int,
     on_progress: OnProgress,
     make_plan: Callable[[int, int], Plan] | None = None,
+    separator: VocalSeparator | None = None,
 ) -> RenderResult:
     """Make one video; called again with the same job, it goes on with what is missing.
 
     ``make_plan(total_frames, gpu_count)`` replaces the planner (the bench's baseline does).
+    ``separator``: for a request that wants the vocals separated.
     Raises ``PipelineError``; what is finished stays in the job directory.
     """
     clock = _Clock()
     with job.locked():
-        on_progress(JobProgress(job.name, "preparing"))
+        tick = partial(on_progress, JobProgress(job.name, "preparing"))
+        tick()
         job.write_json(job.path / "request.json", request.model_dump(mode="json"))
-        prepared = prepare(request, job)
+        prepared = prepare(request, job, separator, tick)
         with storage_errors(job.work):
             job.work.mkdir(exist_ok=True)
         clock.lap("prepare")

@@ -26,6 +26,7 @@ Preset = Literal["fast", "quality"]
 Family = Literal["native", "wrapper"]
 SeamMethod = Literal["morph", "crossfade", "cut"]
 SizeName = Literal["480p", "720p"]
+Vocals = Literal["mixed", "separate"]
 Aspect = Literal["16:9", "9:16", "1:1", "4:3", "3:4"]
 
 PRESET_STEPS: dict[Preset, int | None] = {"fast": None, "quality": 8}
@@ -98,6 +99,8 @@ class RenderRequest(BaseModel):
     audio_start: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     audio_end: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Seconds: the video is exactly this part of the speech.  Default: all of it."""
+    vocals: Vocals = "mixed"
+    """``separate``: the model hears the voice without the music; the video's sound stays as it is."""
     fps: int = Field(default=FPS, ge=10, le=120)
     """Frames a second of the result.  The model makes 25; others are made by repeating or leaving out."""
     overlap_frames: int | None = Field(default=None, ge=MOTION, lt=WINDOW)

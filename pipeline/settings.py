@@ -65,6 +65,10 @@ class Settings(BaseModel):
     """Where measured speeds of GPUs are kept; default: ``infinitetalk/speeds.json`` in the user's cache."""
     scratch_dir: Path | None = None
     """Where engines keep their base directories, and logs; default: each node's own folder for such."""
+    vocal_separator: str = ""
+    """The command that takes the music away from a track, with ``{input}`` and ``{folder}``: ``vocals``."""
+    vocal_separator_seconds: float = Field(default=3600, gt=0)
+    """How long it may take for one track."""
     ray_address: str = "local"
     """``local`` starts Ray on this machine; ``auto`` or ``HOST:PORT`` joins a running cluster."""
 
@@ -77,7 +81,14 @@ class Settings(BaseModel):
             raise ValueError(f"{text!r} is no range of ports such as 8188-8699")
         return text
 
-    @field_validator("comfyui_args", "draft_args")
+    @field_validator("vocal_separator")
+    @classmethod
+    def _separator_is_a_template(cls, text: str) -> str:
+        if missing := [word for word in ("{input}", "{folder}") if text and word not in text]:
+            raise ValueError(f"{missing[0]} is not in the command {text!r}")
+        return text
+
+    @field_validator("comfyui_args", "draft_args", "vocal_separator")
     @classmethod
     def _arguments_can_be_split(cls, text: str) -> str:
         shlex.split(text)
@@ -96,7 +107,7 @@ class Settings(BaseModel):
 
     def of_engines(self) -> dict[str, Any]:
         """The settings that an engine which is running can't take on any more."""
-        others = {"max_attempts", "ray_address", "speeds_file", "idle_seconds", "max_gpus"}
+        others = {"max_attempts", "ray_address", "speeds_file", "vocal_separator", "vocal_separator_seconds"}
         return self.model_dump(mode="json", exclude=others)
 
     @property
@@ -120,6 +131,11 @@ class Settings(BaseModel):
     def draft_flags(self) -> list[str]:
         """``draft_args`` as a list."""
         return shlex.split(self.draft_args)
+
+    @property
+    def vocal_separator_command(self) -> list[str]:
+        """``vocal_separator`` as a list; empty where there is none."""
+        return shlex.split(self.vocal_separator)
 
 
 S = TypeVar("S", bound=BaseModel)

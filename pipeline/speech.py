@@ -23,7 +23,7 @@ import numpy.typing as npt
 from pipeline import ffmpeg
 from pipeline.downmix import Downmix
 from pipeline.errors import InvalidRequest, StorageError
-from pipeline.sound import WHOLE, Part, SoundReader
+from pipeline.sound import WHOLE, Part, SoundReader, measure
 from pipeline.timeline import SAMPLES_PER_FRAME, SPEECH_RATE, frames_of
 
 TARGET_LUFS = -23.0
@@ -68,19 +68,26 @@ class Speech:
     """Length of the source, from its decoded samples."""
 
 
-def prepare_speech(source: Path, target: Path, lead: int = 0, part: Part = WHOLE) -> Speech:
+def prepare_speech(
+    source: Path, target: Path, lead: int = 0, part: Part = WHOLE, voice: Path | None = None
+) -> Speech:
     """Decode ``source`` (any sound file, or a video's sound) into the WAV ``target``; memory stays constant.
 
     ``lead``: samples of digital silence in front, for a speaker who begins later than the video.
+    ``voice``: what ``vocals`` made of the part; then ``source`` says how long it is, and nothing else.
     Raises ``InvalidRequest("audio", ...)`` where there is nothing to hear, ``StorageError``, ``MediaError``.
     """
     partial = target.with_name(f".{target.name}.partial")
     try:
         with tempfile.NamedTemporaryFile(prefix=".speech-", dir=target.parent) as raw:
-            with SoundReader(source, part) as reader:
-                samples, peak = _write_mono(reader, raw)
+            with SoundReader(source, part) if voice is None else SoundReader(voice) as reader:
+                peak = _write_mono(reader, raw)
+            length = reader if voice is None else measure(source, part)
+            # The resampler rounds its last sample either way; the length is the source's own.
+            samples = math.ceil(length.samples * SPEECH_RATE / length.rate)
+            raw.truncate(4 * samples)
             raw.flush()
-            frames = frames_of(reader.samples, reader.rate)
+            frames = frames_of(length.samples, length.rate)
             if not frames:
                 raise InvalidRequest("audio", f"{source} is shorter than one frame of video (0.04 s)")
             if peak < 10 ** (SILENCE_DBFS / 20):
@@ -94,7 +101,21 @@ def prepare_speech(source: Path, target: Path, lead: int = 0, part: Part = WHOLE
         raise StorageError(str(target), error.strerror or str(error)) from error
     finally:
         partial.unlink(missing_ok=True)
-    return Speech(target, lead + samples, frames, round(gain_db, 2), Fraction(reader.samples, reader.rate))
+    return Speech(target, lead + samples, frames, round(gain_db, 2), Fraction(length.samples, length.rate))
+
+
+def write_voice(separated: Path, target: Path, samples: int) -> bool:
+    """A separated voice as WAV, 16 kHz, mono: its first ``samples``, and silence where it has fewer.
+
+    False: it is silent.
+    """
+    with tempfile.NamedTemporaryFile(prefix=".voice-", dir=target.parent) as raw:
+        with SoundReader(separated) as reader:
+            peak = _write_mono(reader, raw)
+        raw.truncate(4 * samples)
+        raw.flush()
+        _write_wav(Path(raw.name), 1.0, target, 0)
+    return peak >= 10 ** (SILENCE_DBFS / 20)
 
 
 def cut_speech(speech: Path, first_frame: int, frames: int, extra: int) -> bytes:
@@ -157,17 +178,13 @@ def _gated(content: bytes) -> bytes:
     return content if loudest > 10 ** (GATE_DBFS / 10) else bytes(len(content))
 
 
-def _write_mono(reader: SoundReader, raw: IO[bytes]) -> tuple[int, float]:
-    """Write 16 kHz mono float32; the number of samples, and the largest."""
-    written, peak = 0, 0.0
+def _write_mono(reader: SoundReader, raw: IO[bytes]) -> float:
+    """Write 16 kHz mono float32; the largest sample."""
+    peak = 0.0
     for chunk in _mono(reader):
         raw.write(chunk.tobytes())
-        written += len(chunk)
         peak = max(peak, float(np.abs(chunk).max(initial=0.0)))
-    # The resampler rounds its last sample either way; the length is the source's own.
-    wanted = math.ceil(reader.samples * SPEECH_RATE / reader.rate)
-    raw.truncate(4 * wanted)
-    return wanted, peak
+    return peak
 
 
 def _mono(reader: SoundReader) -> Iterator[Samples]:

@@ -13,6 +13,7 @@ from pipeline.engine import choose_engine, running_engine
 from pipeline.settings import Settings
 from tests import comfyui_weights
 from tests.draft_process import MODELS, DraftEngine, Engine, put_inputs
+from tests.free_ports import free_ports
 
 CHECKOUT = os.environ.get("COMFYUI_DIR", "")
 if CHECKOUT:
@@ -58,7 +59,7 @@ def comfyui_env(folder: Path) -> dict[str, str]:
         "INFINITETALK_COMFYUI_MODELS": str(models),
         "INFINITETALK_COMFYUI_ARGS": flags,
         "INFINITETALK_SCRATCH_DIR": str(folder),
-        "INFINITETALK_PORTS": "18300-18349",
+        "INFINITETALK_PORTS": free_ports(20),
     }
     if python := os.environ.get("COMFYUI_PYTHON"):
         env["INFINITETALK_COMFYUI_PYTHON"] = python

@@ -20,29 +20,49 @@ import select
 import wave
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from pipeline.settings import Settings
 from tests.comfyui_process import CHECKOUT, comfyui_engine, comfyui_env
-from tests.draft_process import Engine
+from tests.draft_process import ROOT, Engine
+from tests.render_command import SIZE, Command, ProcessesWith, SpeechOf, Talk
 
-ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 collect_ignore = ["comfyui_nodes"]  # for ComfyUI, not for pytest
 
 LEFT_OUT = pytest.StashKey[int]()
+LONGEST = (
+    *("test_crashes", "test_end_to_end", "test_serve", "test_refusals"),
+    *("test_pool", "test_modes", "test_page", "test_cluster"),
+)
+"""Files that parallel runs begin with: one that takes minutes must not be the last."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what needs a real ComfyUI where none is given."""
-    if CHECKOUT:
-        return
-    left_out = [item for item in items if item.get_closest_marker("comfyui")]
-    items[:] = [item for item in items if not item.get_closest_marker("comfyui")]
-    config.stash[LEFT_OUT] = len(left_out)
-    config.hook.pytest_deselected(items=left_out)
+    if not CHECKOUT:
+        left_out = [item for item in items if item.get_closest_marker("comfyui")]
+        items[:] = [item for item in items if not item.get_closest_marker("comfyui")]
+        config.stash[LEFT_OUT] = len(left_out)
+        config.hook.pytest_deselected(items=left_out)
+    if hasattr(config, "workerinput"):  # one of several processes (pytest-xdist)
+        places = {name: place for place, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker tells the process that prints what it left out."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = session.config.stash.get(LEFT_OUT, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Every worker collects, and leaves out, the same tests: they count once."""
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", 0)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -77,6 +97,36 @@ def speech_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]
         return path
 
     return make
+
+
+@pytest.fixture
+def render(tmp_path: Path, portrait: Path, processes_with: ProcessesWith) -> Iterator[Callable[..., Command]]:
+    """Starts the command with the bundled portrait at a small size; afterwards no process is left."""
+    started: list[Command] = []
+
+    def start(*arguments: object, draft_args: str = "", image: Path = portrait, **env: str) -> Command:
+        sizes = ["--width", SIZE, "--height", SIZE, "--json"]
+        command = Command(tmp_path, ["--image", image, *sizes, *arguments], draft_args, **env)
+        started.append(command)
+        return command
+
+    yield start
+    for command in started:
+        if command.process.poll() is None:
+            command.process.kill()
+            command.process.wait()
+    assert processes_with(str(tmp_path / "scratch")) == []
+
+
+@pytest.fixture(scope="session")
+def talk(tmp_path_factory: pytest.TempPathFactory, portrait: Path, speech_of: SpeechOf) -> Talk:
+    """A finished run of 300 frames on two renderers."""
+    folder = tmp_path_factory.mktemp("talk")
+    output, speech = folder / "talk.mp4", speech_of(300)
+    sizes = ["--width", SIZE, "--height", SIZE, "--json", "--gpus", 2]
+    command = Command(folder, ["--image", portrait, "--audio", speech, "-o", output, *sizes])
+    assert command.finish() == 0, command.log
+    return command, output, speech
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,8 +16,9 @@ from typing import Any
 import requests
 
 from tests.conftest import ROOT
+from tests.free_ports import free_port
 
-READY_SECONDS = 90.0
+READY_SECONDS = 180.0
 TOKEN = "anna:secret-of-anna"
 HEADERS = {"Authorization": "Bearer secret-of-anna"}
 
@@ -58,7 +58,9 @@ class Service:
         found: dict[str, Any] = self.get(f"/v1/jobs/{job}").json()
         return found
 
-    def until(self, job: str, holds: Callable[[dict[str, Any]], bool], seconds: float = 60) -> dict[str, Any]:
+    def until(
+        self, job: str, holds: Callable[[dict[str, Any]], bool], seconds: float = 120
+    ) -> dict[str, Any]:
         """Wait for something to hold; fails with the job as it is then."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -69,16 +71,9 @@ class Service:
             time.sleep(0.1)
         raise AssertionError(f"not within {seconds} s: {self.job(job)}")
 
-    def until_over(self, job: str, seconds: float = 60) -> dict[str, Any]:
+    def until_over(self, job: str, seconds: float = 120) -> dict[str, Any]:
         """Wait for the end."""
         return self.until(job, lambda found: found["state"] in ("completed", "failed", "cancelled"), seconds)
-
-
-def free_port() -> int:
-    """A port that nobody has just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager
@@ -102,7 +97,8 @@ def running_service(data: Path, mark: str, log: Path, **settings: str) -> Iterat
         while True:
             assert process.poll() is None, log.read_text()[-3000:]
             assert time.monotonic() < deadline, log.read_text()[-3000:]
-            with suppress(requests.ConnectionError):
+            # Proxies hold a request back while the replica starts.
+            with suppress(requests.ConnectionError, requests.Timeout):
                 if requests.get(service.url + "/ready", timeout=5).status_code == 200:
                     break
             time.sleep(0.2)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from ray.cluster_utils import Cluster
 
-from tests.test_end_to_end import SIZE, Command, decoded
+from tests.render_command import SIZE, Command, decoded
 
 SpeechOf = Callable[[int], Path]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import socket
 import subprocess
 import sys
 import threading
@@ -26,6 +25,7 @@ from pipeline.comfy_events import PromptProgress
 from pipeline.errors import EngineError, GraphError, JobCancelled, PipelineError
 from pipeline.workflow import Graph, Workflow, load
 from tests.comfyui_process import BOTH_ENGINES
+from tests.free_ports import free_port
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SILENT_AFTER = 30.0
@@ -35,13 +35,6 @@ SILENT_AFTER = 30.0
 def workflow() -> Workflow:
     """The production graph."""
     return load("image_single")
-
-
-def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from pipeline.request import RenderRequest
 from pipeline.result import RenderResult
 from pipeline.settings import Settings
 from tests.comfyui_process import NEEDS_COMFYUI
-from tests.test_end_to_end import Command, decoded, samples
+from tests.render_command import Command, decoded, samples
 
 pytestmark = NEEDS_COMFYUI
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.test_end_to_end import Command, decoded, samples
+from tests.render_command import Command, decoded, samples
 
 SpeechOf = Callable[[int], Path]
 

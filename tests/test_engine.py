@@ -17,8 +17,9 @@ from pipeline.comfy_client import ComfyClient
 from pipeline.engine import choose_engine, running_engine
 from pipeline.errors import ConfigurationError, EngineError
 from pipeline.settings import Settings
+from tests.free_ports import free_ports
 
-PORTS = "18200-18219"
+PORTS = free_ports(10)
 
 
 def draft(folder: Path, flags: str = "", **more: object) -> Settings:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipeline.frames import check_video
 from pipeline.sound import measure
-from tests.test_end_to_end import Command
+from tests.render_command import Command
 
 SIZE = 96
 CORNERS = {(0, 0): (200, 40, 40), (0, 1): (40, 170, 60), (1, 0): (40, 60, 200), (1, 1): (224, 172, 140)}

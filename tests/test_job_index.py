@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -18,28 +18,26 @@ from pipeline import job_index, job_records
 from pipeline.errors import JobConflict, JobNotFound, QueueFull
 from pipeline.job_index import JobIndex
 from pipeline.job_records import NewJob
+from tests.free_ports import free_port
 
 POSTGRES = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres() -> Iterator[str]:
     """A PostgreSQL server of our own."""
     if not POSTGRES:
         pytest.skip("no PostgreSQL here: apt-get install postgresql")
-    folder = tmp_path_factory.mktemp("postgres")
+    # Not pytest's folder, which nobody else may enter: PostgreSQL refuses root.
+    with tempfile.TemporaryDirectory(prefix="postgres-") as folder:
+        yield from _postgres_server(Path(folder))
+
+
+def _postgres_server(folder: Path) -> Iterator[str]:
     port = free_port()
     as_user = []
-    if os.geteuid() == 0:  # PostgreSQL refuses root
+    if os.geteuid() == 0:
         shutil.chown(folder, "postgres")
-        for parent in (folder.parent, folder.parent.parent):
-            parent.chmod(0o755)
         as_user = ["runuser", "-u", "postgres", "--"]
     tools = POSTGRES[-1].parent
     data = folder / "data"

@@ -28,6 +28,7 @@ from pipeline.request import RenderRequest
 from pipeline.segment import render_segment
 from pipeline.settings import Settings
 from pipeline.workflow import load
+from tests.free_ports import free_ports
 from tests.test_segment import joined
 
 WIDTH, HEIGHT = 256, 128
@@ -40,7 +41,7 @@ Rendered = list[tuple[int, np.ndarray]]
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningEngine]:
     """A draft engine with the node pack, started as a renderer starts it."""
     scratch = tmp_path_factory.mktemp("engine")
-    settings = Settings(engine="draft", scratch_dir=scratch, ports="18400-18449")
+    settings = Settings(engine="draft", scratch_dir=scratch, ports=free_ports(10))
     with running_engine(choose_engine(settings), settings) as running:
         yield running
 
@@ -235,7 +236,7 @@ def test_two_speakers_need_the_nodes(tmp_path: Path, couple: Path) -> None:
     """An engine without the node pack refuses the graph by the missing node's name."""
     heard = speech(tmp_path / "1.wav", 40, np.ones(40))
     request = RenderRequest.checked(image=couple, audio=heard, audio_2=heard, width=WIDTH, height=HEIGHT)
-    settings = Settings(engine="draft", scratch_dir=tmp_path, ports="18450-18459", node_pack=False)
+    settings = Settings(engine="draft", scratch_dir=tmp_path, ports=free_ports(10), node_pack=False)
     with (
         running_engine(choose_engine(settings), settings) as bare,
         pytest.raises(GraphError, match=r"InfiniteTalkSpeech|slot: context"),
@@ -247,7 +248,7 @@ def test_two_speakers_need_the_nodes(tmp_path: Path, couple: Path) -> None:
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PoolClient]:
     """Two draft renderers of one Ray session for all wrapper modes."""
     scratch = tmp_path_factory.mktemp("pool")
-    settings = Settings(engine="draft", scratch_dir=scratch, ports="18470-18489")
+    settings = Settings(engine="draft", scratch_dir=scratch)
     with open_pool(settings, 2) as running:
         yield running
 

@@ -22,6 +22,7 @@ from pipeline.models import packs_of
 from pipeline.settings import Settings
 from tests.conftest import ROOT
 from tests.draft_process import changed, draft_engine, window
+from tests.free_ports import free_ports
 
 
 def test_the_pack_needs_nothing_to_be_imported() -> None:
@@ -70,7 +71,7 @@ def test_comfyui_loads_a_pack_that_a_graph_needs(tmp_path: Path) -> None:
 def test_the_draft_engine_offers_it_through_the_link(tmp_path: Path) -> None:
     """The schema in /object_info is the node's own; without the pack the node is unknown."""
     for pack in (True, False):
-        settings = Settings(engine="draft", scratch_dir=tmp_path, ports="18460-18469", node_pack=pack)
+        settings = Settings(engine="draft", scratch_dir=tmp_path, ports=free_ports(10), node_pack=pack)
         with running_engine(choose_engine(settings), settings) as engine:
             link = engine.base_dir / "custom_nodes" / NODE_PACK.name
             assert link.is_symlink() == pack

@@ -14,12 +14,9 @@ from tests.conftest import ROOT
 from tests.service_process import Service, running_service
 from tests.test_browser import CHROMIUM, FLAGS
 
-pytestmark = [
-    pytest.mark.timeout(180),
-    pytest.mark.skipif(
-        CHROMIUM is None, reason="no chromium here (make programs installs Debian's, as root)"
-    ),
-]
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no chromium here (make programs installs Debian's, as root)"
+)
 WAIT = 60_000
 """Milliseconds; only a broken page takes as long."""
 

@@ -9,8 +9,9 @@ import pytest
 
 from pipeline.errors import ConfigurationError
 from pipeline.ports import reserved_port
+from tests.free_ports import free_ports
 
-FIRST, LAST = 18_188, 18_195
+FIRST, LAST = map(int, free_ports(8).split("-"))
 
 
 def test_the_first_free_port_is_taken() -> None:

@@ -28,6 +28,7 @@ from pipeline.seam_metrics import GOOD, excess
 from pipeline.settings import Settings
 from pipeline.workflow import load
 from tests.engine_renderers import engine_renderers
+from tests.free_ports import free_ports
 
 FRAMES = 110
 PLAN = Plan(
@@ -41,7 +42,7 @@ PLAN = Plan(
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningEngine]:
-    settings = Settings(engine="draft", scratch_dir=tmp_path_factory.mktemp("scratch"), ports="18450-18469")
+    settings = Settings(engine="draft", scratch_dir=tmp_path_factory.mktemp("scratch"), ports=free_ports(10))
     with running_engine(choose_engine(settings), settings) as running:
         yield running
 

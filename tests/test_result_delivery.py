@@ -21,7 +21,7 @@ from pipeline.result_delivery import deliver
 from pipeline.result_upload import Bucket, upload
 from pipeline.retention import clean_up
 from pipeline.service_settings import ServiceSettings
-from tests.service_process import free_port
+from tests.free_ports import free_port
 
 CONTENT = os.urandom(300_000)
 

@@ -22,6 +22,7 @@ from pipeline.segment import render_segment, rest, window_parts
 from pipeline.segment_files import SegmentFiles, join_windows
 from pipeline.settings import Settings
 from pipeline.workflow import load
+from tests.free_ports import free_ports
 
 SIZE = 64
 WINDOWS = (81, 81, 21)
@@ -33,7 +34,7 @@ LOUD = range(START + 100, START + 125)
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningEngine]:
-    settings = Settings(engine="draft", scratch_dir=tmp_path_factory.mktemp("scratch"), ports="18220-18239")
+    settings = Settings(engine="draft", scratch_dir=tmp_path_factory.mktemp("scratch"), ports=free_ports(10))
     with running_engine(choose_engine(settings), settings) as running:
         yield running
 
@@ -189,7 +190,7 @@ def test_a_window_that_gives_too_few_frames_is_an_error(
 def test_cancelling_stops_a_window_within_two_seconds(portrait: Path, tmp_path: Path) -> None:
     """The engine is idle again soon after, and nothing half is left."""
     settings = Settings(
-        engine="draft", scratch_dir=tmp_path, ports="18220-18239", draft_args="--draft-window-seconds 8"
+        engine="draft", scratch_dir=tmp_path, ports=free_ports(10), draft_args="--draft-window-seconds 8"
     )
     cancelled = threading.Event()
     with running_engine(choose_engine(settings), settings) as slow:

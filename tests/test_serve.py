@@ -25,8 +25,6 @@ from pipeline.frames import check_video
 from tests.conftest import ROOT
 from tests.service_process import HEADERS, Service, kill_all, running_service
 
-pytestmark = pytest.mark.timeout(240)
-
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
@@ -38,6 +36,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         folder / "log",
         INFINITETALK_DRAFT_ARGS="--draft-window-seconds 0.3",
         INFINITETALK_SERVE_VOLUME=str(folder),
+        INFINITETALK_VOCAL_SEPARATOR=f"{folder}/separator {{input}} {{folder}}",
     ) as running:
         yield running
 
@@ -258,6 +257,28 @@ def test_a_failed_job_says_what_to_change(service: Service, speech_of: Callable[
     assert failed["state"] == "failed"
     assert failed["error"]["field"] == "image"
     assert "not a public address" in failed["error"]["message"]
+
+
+def test_vocals_are_separated_where_the_operator_has_a_separator(
+    service: Service, speech_of: Callable[[int], Path], processes_with: Callable[[str], list[int]]
+) -> None:
+    """A separator that is missing fails the job that wants it, and no engine; one that is there is used."""
+
+    def engines() -> set[int]:
+        pids = processes_with(f"TEST_MARK={service.mark}")
+        return {pid for pid in pids if b"pipeline.draft" in Path(f"/proc/{pid}/cmdline").read_bytes()}
+
+    before = engines()
+    failed = service.until_over(service.submit(20, speech_of, vocals="separate"))
+    assert (failed["state"], failed["error"]["code"]) == ("failed", "configuration_error")
+    assert "INFINITETALK_VOCAL_SEPARATOR" in failed["error"]["message"]
+    program = service.data.parent / "separator"
+    program.write_text('#!/bin/sh\ncp "$1" "$2/voice.wav" && touch "$0.ran"\n')
+    program.chmod(0o755)
+    done = service.until_over(service.submit(20, speech_of, vocals="separate"))
+    assert done["state"] == "completed", done
+    assert program.with_name("separator.ran").exists()
+    assert engines() == before
 
 
 def test_a_job_survives_its_runner_and_its_replica(

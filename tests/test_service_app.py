@@ -16,7 +16,7 @@ import pytest
 import requests
 
 from tests.conftest import ROOT
-from tests.service_process import free_port
+from tests.free_ports import free_port
 
 PORTRAIT = ROOT / "examples" / "portrait.png"
 SPEECH = ROOT / "examples" / "speech.wav"
