@@ -66,8 +66,8 @@ class BatchState:
     def fraction(self) -> float:
         """Share of this run's work that is over, 0 to 1, each job counted the same."""
         todo = self.jobs - self.before
-        share = self.done + self.failed + sum(seen.fraction for _, seen in self.running if seen is not None)
-        return share / todo if todo else 1.0
+        share = sum(0.99 * seen.fraction for _, seen in self.running if seen is not None)  # joining comes
+        return (self.done + self.failed + share) / todo if todo else 1.0
 
     @property
     def left_seconds(self) -> float | None:
