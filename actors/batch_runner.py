@@ -61,6 +61,11 @@ class BatchState:
     failed: int
     running: tuple[tuple[BatchJob, JobProgress | None], ...]
     elapsed: float
+    gpus: int
+    gpu_seconds: float
+    """Of the windows of finished jobs that this run rendered."""
+    gpu_busy: float | None
+    """Their share of the time since the renderers were there, of all GPUs; None where none was needed."""
 
     @property
     def fraction(self) -> float:
@@ -92,13 +97,28 @@ class BatchRunner:
         """Every worker has ended, or the batch can't go on."""
         self._trouble: BaseException | None = None
         self._began = time.monotonic()
+        self._ready: float | None = None
+        """Since when the renderers answer."""
+        self._ended: float | None = None
+        self._gpus, self._gpu_seconds = 0, 0.0
 
     def state(self) -> BatchState:
         """How far it is now; from any thread."""
         with self._count:
             running = tuple(self._running.values())
-            elapsed = time.monotonic() - self._began
-            return BatchState(len(self._jobs), self._before, self._done, self._failed, running, elapsed)
+            now = self._ended or time.monotonic()
+            rendering = 0.0 if self._ready is None else self._gpus * (now - self._ready)
+            return BatchState(
+                jobs=len(self._jobs),
+                before=self._before,
+                done=self._done,
+                failed=self._failed,
+                running=running,
+                elapsed=now - self._began,
+                gpus=self._gpus,
+                gpu_seconds=self._gpu_seconds,
+                gpu_busy=self._gpu_seconds / rendering if rendering else None,
+            )
 
     def run(self, gpus: int | None, on_news: Callable[[BatchState], None]) -> None:
         """Render; a job that fails is told in the results and stops no other.
@@ -110,7 +130,7 @@ class BatchRunner:
             self._look_at_earlier_results()
             if self._waiting:
                 with renderer_pool(self._settings, gpus) as pool:
-                    pool.start()
+                    self._gpus, self._ready = len(pool.start()), time.monotonic()
                     self._render(pool, on_news)
         except KeyboardInterrupt:
             raise JobCancelled("batch") from None
@@ -158,6 +178,7 @@ class BatchRunner:
             while not self._over.wait(NEWS_SECONDS):
                 on_news(self.state())
         finally:
+            self._ended = time.monotonic()
             self._stop.set()
             self._results.close()  # now: what cancels may kill soon
             _wait_for(threads)
@@ -197,6 +218,7 @@ class BatchRunner:
                     self._folder.video(job).unlink(missing_ok=True)
                 with self._count:
                     self._done += 1
+                    self._gpu_seconds += result.timings["gpu_seconds"]
                 log.info(
                     "done",
                     extra={
@@ -291,6 +313,7 @@ class BatchRunner:
                 "height": result.height,
                 "gpu_count": result.gpu_count,
                 "segments": result.segments_processed,
+                "gpu_seconds": round(result.timings["gpu_seconds"], 3),
                 "seams": [{"frame": seam.frame, "verdict": seam.verdict} for seam in result.seams],
                 "digest": digest,
             }

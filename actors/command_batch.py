@@ -151,12 +151,16 @@ def _told(options: argparse.Namespace, folder: BatchFolder, state: BatchState) -
                     "done": state.done,
                     "failed": state.failed,
                     "seconds": round(state.elapsed, 3),
+                    "gpus": state.gpus,
+                    "gpu_seconds": round(state.gpu_seconds, 3),
+                    "gpu_busy": None if state.gpu_busy is None else round(state.gpu_busy, 4),
                     "results": results,
                 }
             )
         )
     else:
-        print(f"{state.done} done, {state.failed} failed, {state.before} done before: {results}")
+        busy = "" if state.gpu_busy is None else f"; {state.gpus} GPUs busy {state.gpu_busy:.0%} of the time"
+        print(f"{state.done} done, {state.failed} failed, {state.before} done before{busy}: {results}")
     return EXIT_SOME_FAILED if state.failed else 0
 
 
