@@ -30,8 +30,6 @@ from pipeline.source_video import SourceVideo
 FILES = ("image", "video", "audio", "audio_2", "mask_1", "mask_2")
 """Fields that name a file: a path, relative to the manifest or absolute, or an address."""
 BOXES = ("box_1", "box_2")
-RESERVED = ("results.jsonl",)
-"""Names in the output folder that are the batch's own."""
 
 LOOKING_AT_ONCE = 4
 """Files that are opened at a time: waiting for a network file system, not computing."""
@@ -124,6 +122,11 @@ def read_manifest(
         raise InvalidRequest("manifest", f"{path}: {error.strerror}") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise InvalidRequest("manifest", f"{path} is no text that can be read: {error}") from None
+    for job in jobs:
+        for parent in PurePosixPath(job.output.casefold()).parents:
+            if str(parent) in outputs:
+                reason = f"{parent} is the video of line {outputs[str(parent)]}, and can't be a folder too"
+                problems.append(Problem(job.line, "output", reason))
     problems += _unreadable(jobs)
     if not jobs and not problems:
         raise InvalidRequest("manifest", f"{path} has no jobs")

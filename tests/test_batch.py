@@ -243,6 +243,21 @@ def test_a_killed_driver_loses_nothing(
     check_video(out / "long.mp4", LONG)
 
 
+def test_ctrl_c_cancels(cluster: Cluster, tmp_path: Path, portrait: Path, speech_of: SpeechOf) -> None:
+    """Exit code 130, nothing blamed on a job, no engine left; impatience changes nothing."""
+    path = manifest(tmp_path, {"id": "long", "image": str(portrait), "audio": str(speech_of(LONG))})
+    out = tmp_path / "out"
+    process = batch(path, "--out", out, **joined(cluster))
+    until(lambda: window_kept(out, "long") or process.poll() is not None, "a window is kept")
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+    printed, log = process.communicate(timeout=WAIT_SECONDS)
+    assert (process.returncode, json.loads(printed)["error"]) == (130, "JobCancelled"), log
+    assert "Traceback" not in log
+    assert results(out) == []
+    until(lambda: not cluster.engines(), "the GPUs are free", 20)
+
+
 def test_files_come_from_and_go_to_other_places(
     cluster: Cluster, tmp_path: Path, portrait: Path, speech_of: SpeechOf
 ) -> None:

@@ -62,6 +62,7 @@ def test_everything_that_is_wrong_is_told_at_once(folder: Path) -> None:
         '{"image": "a.png", "image": "b.png", "audio": "a.wav"}',
         {**GOOD, "id": "long", "priority": 1000},
         "[1, 2]",
+        {**GOOD, "id": "below", "output": "one.mp4/below.mp4"},
     )
     _, problems = read_manifest(path)
     told = {(problem.line, problem.field): problem.reason for problem in problems}
@@ -83,6 +84,7 @@ def test_everything_that_is_wrong_is_told_at_once(folder: Path) -> None:
         (14, "line"): "'image' is given twice",
         (15, "priority"): "less than or equal to 100",
         (16, "line"): "no JSON object",
+        (17, "output"): "is the video of line 1",
     }.items():
         assert words in told.pop(place), place
     assert told == {}
