@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from actors.batch_runner import BatchState
-from actors.terminal import STAGES, clock
+from actors.terminal import STAGES, bar, clock
 
 SHOWN = 12
 """Jobs in work that get a line."""
@@ -76,4 +76,4 @@ def _screen(state: BatchState) -> Group:
             table.add_row(job.id, "", STAGES[seen.stage])
     if len(state.running) > SHOWN:
         table.add_row(f"{len(state.running) - SHOWN} more in work")
-    return Group(ProgressBar(1.0, state.fraction, width=60), head, table)
+    return Group(bar(state.fraction), head, table)

@@ -88,6 +88,13 @@ def clock(seconds: float | None) -> str:
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
 
 
+def bar(fraction: float) -> Table:
+    """A bar on a line of its own: rich's has no end of line, and what follows would be cut off."""
+    line = Table.grid()
+    line.add_row(ProgressBar(1.0, fraction, width=60))
+    return line
+
+
 class _Screen:
     """The live picture."""
 
@@ -110,7 +117,7 @@ class _Screen:
         waiting = sum(state.stage == "waiting" for state in progress.states)
         if waiting:
             table.add_row(f"{waiting} more waiting")
-        return Group(ProgressBar(1.0, progress.fraction, width=60), head, table)
+        return Group(bar(progress.fraction), head, table)
 
 
 def _title(state: SegmentState) -> str:
