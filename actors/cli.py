@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from actors import (
+    command_batch,
     command_comfyui,
     command_doctor,
     command_models,
@@ -38,7 +39,15 @@ EXIT_CODES: dict[type[PipelineError], int] = {
     JobCancelled: EXIT_CANCELLED,
     PipelineError: EXIT_FAILED,
 }
-COMMANDS = (command_render, command_seams, command_redo, command_doctor, command_models, command_comfyui)
+COMMANDS = (
+    command_render,
+    command_batch,
+    command_seams,
+    command_redo,
+    command_doctor,
+    command_models,
+    command_comfyui,
+)
 
 
 def main(arguments: Sequence[str] | None = None, more: Sequence[Any] = ()) -> int:

@@ -41,21 +41,30 @@ class FieldFormatter(logging.Formatter):
 
 
 @contextmanager
-def progress_display(quiet: bool) -> Iterator[OnProgress]:
-    """Set up logging on standard error and yield the function that shows progress there."""
-    console = Console(stderr=True)
+def logging_on(console: Console, level: int, *, plain: bool) -> Iterator[None]:
+    """Logs on standard error: coloured on a terminal unless ``plain``, else lines with the time."""
     root = logging.getLogger()
     handler: logging.Handler
-    if console.is_terminal and not quiet:
+    if console.is_terminal and not plain:
         handler = RichHandler(console=console, show_path=False, markup=False, highlighter=None)
         handler.setFormatter(FieldFormatter("%(message)s"))
     else:
         handler = logging.StreamHandler()
         handler.setFormatter(FieldFormatter("%(asctime)s %(levelname)s %(message)s"))
     root.addHandler(handler)
-    root.setLevel(logging.WARNING if quiet else logging.INFO)
+    root.setLevel(level)
     logging.getLogger("ray").setLevel(logging.ERROR)
     try:
+        yield
+    finally:
+        root.removeHandler(handler)
+
+
+@contextmanager
+def progress_display(quiet: bool) -> Iterator[OnProgress]:
+    """Set up logging on standard error and yield the function that shows progress there."""
+    console = Console(stderr=True)
+    with logging_on(console, logging.WARNING if quiet else logging.INFO, plain=quiet):
         if quiet:
             yield lambda _: None
         elif console.is_terminal:
@@ -64,8 +73,6 @@ def progress_display(quiet: bool) -> Iterator[OnProgress]:
                 yield lambda progress: live.update(screen.draw(progress))
         else:
             yield _Lines().show
-    finally:
-        root.removeHandler(handler)
 
 
 def clock(seconds: float | None) -> str:
@@ -79,6 +86,13 @@ def clock(seconds: float | None) -> str:
     whole = round(seconds)
     hours, rest = divmod(whole, 3600)
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+
+
+def bar(fraction: float) -> Table:
+    """A bar on a line of its own: rich's has no end of line, and what follows would be cut off."""
+    line = Table.grid()
+    line.add_row(ProgressBar(1.0, fraction, width=60))
+    return line
 
 
 class _Screen:
@@ -103,7 +117,7 @@ class _Screen:
         waiting = sum(state.stage == "waiting" for state in progress.states)
         if waiting:
             table.add_row(f"{waiting} more waiting")
-        return Group(ProgressBar(1.0, progress.fraction, width=60), head, table)
+        return Group(bar(progress.fraction), head, table)
 
 
 def _title(state: SegmentState) -> str:

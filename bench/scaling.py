@@ -72,7 +72,7 @@ def _options() -> argparse.Namespace:
 
 def _row(folder: Path, options: argparse.Namespace, gpus: int, *, naive: bool) -> dict[str, Any]:
     """Render once; what it took."""
-    image, audio = _inputs(folder, options.frames)
+    image, audio = inputs(folder, options.frames)
     request = RenderRequest.checked(image=image, audio=audio, width=options.size, height=options.size)
     settings = Settings(engine="draft", draft_args=f"--draft-window-seconds {options.window_seconds}")
     output = folder / f"{gpus}{'-document' if naive else ''}.mp4"
@@ -98,7 +98,7 @@ def _row(folder: Path, options: argparse.Namespace, gpus: int, *, naive: bool) -
     }
 
 
-def _inputs(folder: Path, frames: int) -> tuple[Path, Path]:
+def inputs(folder: Path, frames: int) -> tuple[Path, Path]:
     """A picture, and speech-like noise of exactly so many frames."""
     image, audio = folder / "portrait.png", folder / "speech.wav"
     if not image.exists():

@@ -23,9 +23,22 @@ Foreign errors become these where they enter: ``comfy_client``, ``engine``, ``ff
 
 from __future__ import annotations
 
+import re
+
 
 class PipelineError(Exception):
     """Base of all errors that a user may see; ``str()`` is one sentence for people, without a traceback."""
+
+
+def code_of(error: PipelineError) -> str:
+    """The error's name for programs.
+
+    >>> code_of(RenderFailed(0, "no renderer is left")), code_of(InvalidRequest("audio", "is empty"))
+    ('render_failed', 'invalid_input')
+    """
+    if isinstance(error, InvalidRequest):
+        return "invalid_input"
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(error).__name__).lower()
 
 
 class InvalidRequest(PipelineError):

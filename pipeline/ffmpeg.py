@@ -14,6 +14,7 @@ import signal
 import subprocess
 import tempfile
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,8 @@ LOSSLESS = Encoding(
 STOP_SECONDS = 0.2
 """How often a run that can be stopped looks whether it shall."""
 
+_started: weakref.WeakSet[subprocess.Popen[bytes]] = weakref.WeakSet()
+
 
 @functools.cache
 def binary() -> str:
@@ -132,6 +135,7 @@ def run(
         done = subprocess.Popen(
             arguments, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, env=_environment()
         )
+    _started.add(done)
     with done:
         try:
             said = _to_its_end(done, stop).decode(errors="replace")
@@ -330,7 +334,16 @@ def start_encoder(target: Path, width: int, height: int, encoding: Encoding) -> 
     arguments.remove("-nostdin")  # the frames come that way
     pipe, null = subprocess.PIPE, subprocess.DEVNULL
     with _starting():
-        return subprocess.Popen(arguments, stdin=pipe, stdout=null, stderr=pipe, env=_environment())
+        encoder = subprocess.Popen(arguments, stdin=pipe, stdout=null, stderr=pipe, env=_environment())
+    _started.add(encoder)
+    return encoder
+
+
+def end_all() -> None:
+    """Kill every ffmpeg of this process, for a process that has to end now: their callers get errors."""
+    for process in list(_started):
+        if process.poll() is None:
+            process.kill()
 
 
 @contextlib.contextmanager

@@ -129,7 +129,7 @@ def render_video(
             width=prepared.width,
             height=prepared.height,
             seams=seams,
-            timings=clock.laps(),
+            timings={**clock.laps(), "gpu_seconds": done.gpu_seconds},
             nodes=done.nodes,
             fps=request.fps,
         )
@@ -237,6 +237,7 @@ def _render_missing(
             missing[rendered.index].keep(window)
         seconds[rendered.index] = seconds.get(rendered.index, ()) + rendered.window_seconds
         done.lanes.add(rendered.lane)
+        done.gpu_seconds += sum(rendered.window_seconds)
         for name, runs in rendered.nodes.items():
             done.nodes[name] = done.nodes.get(name, NodeRuns()) + runs
         if rendered.left:
@@ -289,11 +290,13 @@ def _pace(state: SegmentState) -> float | None:
     return sum(state.window_seconds) / timed if timed else None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Done:
     """What the renderers did for this start of a job."""
 
     lanes: set[int] = field(default_factory=set)
+    gpu_seconds: float = 0.0
+    """Of all windows together."""
     nodes: dict[str, NodeRuns] = field(default_factory=dict)
 
 

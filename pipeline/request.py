@@ -199,9 +199,16 @@ class RenderRequest(BaseModel):
         try:
             return cls.model_validate(fields)
         except ValidationError as error:
-            first = error.errors()[0]
-            field = str(first["loc"][0]) if first["loc"] else first.get("ctx", {}).get("field", "image")
-            raise InvalidRequest(field, first["msg"].removeprefix("Value error, ")) from None
+            raise wrong_fields(error)[0] from None
+
+
+def wrong_fields(error: ValidationError) -> list[InvalidRequest]:
+    """Every field that a request was refused for, with the reason."""
+    found = []
+    for wrong in error.errors():
+        field = str(wrong["loc"][0]) if wrong["loc"] else wrong.get("ctx", {}).get("field", "image")
+        found.append(InvalidRequest(field, wrong["msg"].removeprefix("Value error, ")))
+    return found
 
 
 def _refused(field: str, reason: str) -> PydanticCustomError:

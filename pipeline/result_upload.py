@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import obstore
 from obstore.exceptions import BaseError
-from obstore.store import S3Store
 
-from pipeline.errors import ConfigurationError, StorageError
+from pipeline.errors import StorageError
+from pipeline.remote_files import in_words, open_bucket, put
 from pipeline.service_settings import ServiceSettings
 
 LINK_LIFE = timedelta(days=7)
@@ -49,21 +48,16 @@ def upload(video: Path, key: str, bucket: Bucket) -> str:
     Raises ``StorageError`` with the server's words, ``ConfigurationError`` for an endpoint that is none.
     """
     place = f"s3://{bucket.name}/{key}"
-    if bucket.endpoint and urlsplit(bucket.endpoint).scheme not in ("http", "https"):
-        raise ConfigurationError(f"{bucket.endpoint!r} is no address of an S3 server")
     try:
-        store = S3Store(
+        store = open_bucket(
             bucket.name,
-            endpoint=bucket.endpoint or None,
+            bucket.endpoint,
             access_key_id=bucket.access_key,
             secret_access_key=bucket.secret_key,
             region=bucket.region,
-            virtual_hosted_style_request=False,
-            client_options={"allow_http": bucket.endpoint.startswith("http://")},
-            retry_config={"max_retries": 3, "retry_timeout": timedelta(seconds=60)},
         )
-        obstore.put(store, key, video, attributes={"Content-Type": "video/mp4"})
+        put(store, key, video, "video/mp4")
         link: str = obstore.sign(store, "GET", key, LINK_LIFE)
     except (BaseError, ValueError) as error:
-        raise StorageError(place, str(error).splitlines()[0][:300]) from None
+        raise StorageError(place, in_words(error)) from None
     return link

@@ -31,6 +31,9 @@ CONNECT_SECONDS = 10.0
 SILENT_SECONDS = 20.0
 CHUNK = 256 << 10
 
+TRANSFER_ERRORS = (requests.RequestException, HTTPError, ValueError)
+"""What a request that comes to no answer raises."""
+
 
 @dataclass(frozen=True, slots=True)
 class FetchLimits:
@@ -48,37 +51,48 @@ def fetch(url: str, target: Path, field: str, limits: FetchLimits, stop: threadi
 
     Raises ``InvalidRequest`` naming ``field``, ``StorageError``, ``JobCancelled``.
     """
-    deadline = time.monotonic() + limits.seconds
     with checked_session(limits.allowed) as session, finished(target) as partial:
         try:
-            with (
-                session.get(
-                    url,
-                    stream=True,
-                    timeout=(CONNECT_SECONDS, SILENT_SECONDS),
-                    headers={"User-Agent": "infinitetalk", "Accept-Encoding": "identity"},
-                ) as answer,
-                partial.open("wb") as file,
-            ):
-                if answer.status_code != 200:
-                    raise InvalidRequest(field, f"{_shown(url)} answered {answer.status_code}")
-                length = answer.headers.get("Content-Length", "")
-                if length.isdecimal() and int(length) > limits.max_bytes:
-                    raise _too_large(field, limits)
-                received = 0
-                for chunk in answer.iter_content(CHUNK):
-                    received += len(chunk)
-                    if received > limits.max_bytes:
-                        raise _too_large(field, limits)
-                    if stop.is_set():
-                        raise JobCancelled(field)
-                    if time.monotonic() > deadline:
-                        raise InvalidRequest(field, f"not fetched within {limits.seconds:g} s")
-                    file.write(chunk)
-                if length.isdecimal() and received < int(length):
-                    raise InvalidRequest(field, f"{_shown(url)}: the transfer broke off")
-        except (requests.RequestException, HTTPError, ValueError) as error:
-            raise InvalidRequest(field, f"{_shown(url)} can't be fetched: {_reason(error)}") from None
+            receive(session, url, partial, field, limits, stop)
+        except TRANSFER_ERRORS as error:
+            raise InvalidRequest(field, f"{shown(url)} can't be fetched: {reason(error)}") from None
+
+
+def receive(
+    session: requests.Session, url: str, file: Path, field: str, limits: FetchLimits, stop: threading.Event
+) -> None:
+    """Stream the answer of ``url`` into ``file``; nothing larger than a chunk is held in memory.
+
+    Raises ``TRANSFER_ERRORS`` where the connection fails, ``InvalidRequest`` for another answer than 200, for
+    what is too large and for what takes too long, ``JobCancelled``.
+    """
+    deadline = time.monotonic() + limits.seconds
+    with (
+        session.get(
+            url,
+            stream=True,
+            timeout=(CONNECT_SECONDS, SILENT_SECONDS),
+            headers={"User-Agent": "infinitetalk", "Accept-Encoding": "identity"},
+        ) as answer,
+        file.open("wb") as target,
+    ):
+        if answer.status_code != 200:
+            raise InvalidRequest(field, f"{shown(url)} answered {answer.status_code}")
+        length = answer.headers.get("Content-Length", "")
+        if length.isdecimal() and int(length) > limits.max_bytes:
+            raise too_large(field, limits)
+        received = 0
+        for chunk in answer.iter_content(CHUNK):
+            received += len(chunk)
+            if received > limits.max_bytes:
+                raise too_large(field, limits)
+            if stop.is_set():
+                raise JobCancelled(field)
+            if time.monotonic() > deadline:
+                raise InvalidRequest(field, f"not fetched within {limits.seconds:g} s")
+            target.write(chunk)
+        if length.isdecimal() and received < int(length):
+            raise requests.exceptions.ChunkedEncodingError("the transfer broke off")
 
 
 def checked_session(allowed: tuple[str, ...]) -> requests.Session:
@@ -164,7 +178,7 @@ def _connect(host: str, port: int, seconds: Any, options: Any, allowed: tuple[st
     raise HTTPError(f"no connection: {last}")
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """The innermost words."""
     seen: list[BaseException] = []
     while error not in seen:
@@ -177,10 +191,11 @@ def _reason(error: BaseException) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def _shown(url: str) -> str:
+def shown(url: str) -> str:
     """A URL without what may be secret in it."""
     return url.partition("?")[0].rpartition("@")[2][:200]
 
 
-def _too_large(field: str, limits: FetchLimits) -> InvalidRequest:
+def too_large(field: str, limits: FetchLimits) -> InvalidRequest:
+    """The error for a file beyond the limit."""
     return InvalidRequest(field, f"larger than the {limits.max_bytes >> 20} MiB that are fetched")

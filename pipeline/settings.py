@@ -107,8 +107,9 @@ class Settings(BaseModel):
 
     def of_engines(self) -> dict[str, Any]:
         """The settings that an engine which is running can't take on any more."""
-        others = {"max_attempts", "ray_address", "speeds_file", "vocal_separator", "vocal_separator_seconds"}
-        return self.model_dump(mode="json", exclude=others)
+        drivers = {"max_attempts", "ray_address", "vocal_separator", "vocal_separator_seconds"}
+        pools = {"speeds_file", "idle_seconds", "max_gpus"}
+        return self.model_dump(mode="json", exclude=drivers | pools)
 
     @property
     def port_range(self) -> tuple[int, int]:

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -21,7 +16,7 @@ from pipeline.result_delivery import deliver
 from pipeline.result_upload import Bucket, upload
 from pipeline.retention import clean_up
 from pipeline.service_settings import ServiceSettings
-from tests.free_ports import free_port
+from tests.s3_server import KEY, SECRET, running_s3
 
 CONTENT = os.urandom(300_000)
 
@@ -29,22 +24,10 @@ CONTENT = os.urandom(300_000)
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Bucket, Path]]:
     """A bucket ``videos`` on a server of our own, and the folder behind it."""
-    program = shutil.which("rclone", path=str(Path(sys.executable).parent)) or shutil.which("rclone")
-    assert program is not None
     folder = tmp_path_factory.mktemp("s3")
     (folder / "videos").mkdir()
-    port = free_port()
-    command = [program, "serve", "s3", str(folder), "--addr", f"127.0.0.1:{port}", "--auth-key", "key,secret"]
-    server = subprocess.Popen([*command, "--config", "/dev/null"], stderr=subprocess.DEVNULL)
-    endpoint = f"http://127.0.0.1:{port}"
-    for _ in range(100):
-        with suppress(requests.ConnectionError):
-            requests.get(endpoint, timeout=2)
-            break
-        time.sleep(0.05)
-    yield Bucket("videos", endpoint, "key", "secret"), folder / "videos"
-    server.terminate()
-    server.wait()
+    with running_s3(folder) as endpoint:
+        yield Bucket("videos", endpoint, KEY, SECRET), folder / "videos"
 
 
 def completed(store: JobStore, **extra: object) -> Job:
