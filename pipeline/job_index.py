@@ -28,9 +28,11 @@ from pipeline.job_records import (
     Job,
     JobState,
     NewJob,
+    Standing,
     Webhook,
 )
 
+_QUEUE_ORDER = (JOBS.c.priority.desc(), JOBS.c.created, JOBS.c.id)
 LEASE_SECONDS = 10.0
 """A runner that has not renewed its hold on a job for so long is dead; its jobs are queued again."""
 
@@ -151,14 +153,25 @@ class JobIndex:
             found: dict[str, int] = dict(row.tuple() for row in db.execute(query))
         return {state: found.get(state, 0) for state in get_args(JobState)}
 
-    def ahead(self, job: Job) -> int:
-        """Queued jobs that go before this queued one."""
-        before = (JOBS.c.priority > job.priority) | (
-            (JOBS.c.priority == job.priority)
-            & (sa.tuple_(JOBS.c.created, JOBS.c.id) < sa.tuple_(sa.literal(job.created), sa.literal(job.id)))
-        )
+    def standings(self, jobs: Sequence[str]) -> dict[str, Standing]:
+        """Those of the jobs that exist, as they are at one moment."""
+        place = sa.func.row_number().over(order_by=_QUEUE_ORDER)
+        queue = sa.select(JOBS.c.id, (place - 1).label("ahead")).where(JOBS.c.state == "queued").subquery()
+        ahead: dict[str, int] = {}
         with self._read() as db:
-            return db.execute(_count((JOBS.c.state == "queued") & before)).scalar_one()
+            rows = db.execute(sa.select(JOBS).where(JOBS.c.id.in_(jobs))).mappings()
+            found = [_job(row) for row in rows]
+            if waiting := [job.id for job in found if job.state == "queued"]:
+                places = db.execute(sa.select(queue.c.id, queue.c.ahead).where(queue.c.id.in_(waiting)))
+                ahead = dict(row.tuple() for row in places)
+        return {job.id: Standing(job, ahead.get(job.id)) for job in found}
+
+    def standing(self, job: str) -> Standing:
+        """One of them.  Raises ``JobNotFound``."""
+        found = self.standings([job])
+        if job not in found:
+            raise JobNotFound(job)
+        return found[job]
 
     def cancel(self, job: str) -> Job:
         """End a job that is not over; one that is stays as it is.  Its runner notices within a tick."""
@@ -252,6 +265,12 @@ class JobIndex:
         with self._read() as db:
             return db.execute(sa.select(sa.func.max(EVENTS.c.id))).scalar() or 0
 
+    def newest_events(self, after: int) -> dict[str, int]:
+        """The id of each job's newest event, of the jobs that have one after ``after``."""
+        query = sa.select(EVENTS.c.job, sa.func.max(EVENTS.c.id)).where(EVENTS.c.id > after)
+        with self._read() as db:
+            return dict(row.tuple() for row in db.execute(query.group_by(EVENTS.c.job)))
+
     # --- runners ---------------------------------------------------------------------------------
 
     def claim(self, runner: str) -> Job | None:
@@ -260,7 +279,7 @@ class JobIndex:
         following = (
             sa.select(JOBS.c.id)
             .where((JOBS.c.state == "queued") & (JOBS.c.expires.is_(None) | (JOBS.c.expires > now)))
-            .order_by(JOBS.c.priority.desc(), JOBS.c.created, JOBS.c.id)
+            .order_by(*_QUEUE_ORDER)
             .limit(1)
             .with_for_update(skip_locked=True)
         )

@@ -117,6 +117,15 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
+class Standing:
+    """A job, and where it stands."""
+
+    job: Job
+    ahead: int | None
+    """Queued jobs that go before it; None where it is not queued itself."""
+
+
+@dataclass(frozen=True, slots=True)
 class NewJob:
     """What makes a job."""
 

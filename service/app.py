@@ -21,6 +21,7 @@ from service import api_openai, api_runpod, api_v1
 from service.errors import Failure, Refused, failure_of
 from service.news import News
 from service.page_routes import add_page
+from service.reads import JobReads
 from service.tokens import Tokens
 
 ENSURE_SECONDS = 5.0
@@ -51,6 +52,7 @@ def create_app(settings: ServiceSettings, backend: Backend) -> FastAPI:
         app.state.store = JobStore(settings)
         app.state.tokens = tokens
         app.state.news = News(app.state.store.index)
+        app.state.reads = JobReads(app.state.store.index)
         app.state.backend = backend
         await asyncio.to_thread(backend.ensure)
         tasks = [asyncio.create_task(app.state.news.watch()), asyncio.create_task(_keep_ensuring(backend))]

@@ -96,7 +96,7 @@ def test_higher_priority_goes_first_then_age(index: JobIndex) -> None:
     first = index.add(new(), 10)[0]
     second = index.add(new(), 10)[0]
     urgent = index.add(new(priority=5), 10)[0]
-    assert [index.ahead(job) for job in (first, second, urgent)] == [1, 2, 0]
+    assert [index.standing(job.id).ahead for job in (first, second, urgent)] == [1, 2, 0]
     claimed = [index.claim("a") for _ in range(4)]
     assert [job and job.id for job in claimed] == [urgent.id, first.id, second.id, None]
 
