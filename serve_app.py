@@ -16,7 +16,8 @@ from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayError
 
-from actors.cluster import cluster
+from actors import metrics
+from actors.cluster import cluster, metrics_pages
 from actors.job_runner import ensure_runner, stop_runner
 from pipeline.errors import ConfigurationError
 from pipeline.service_settings import ServiceSettings
@@ -53,7 +54,7 @@ def build() -> FastAPI:
     """The application of one replica."""
     logging.getLogger("service").setLevel(logging.INFO)
     service, settings = ServiceSettings.from_env(), Settings.from_env()
-    return create_app(service, RayBackend(service, settings))
+    return create_app(service, RayBackend(service, settings), metrics.http_answered)
 
 
 # max_ongoing_requests: listeners of events count too.  num_cpus=0: a replica only waits for others.
@@ -78,12 +79,13 @@ def serve_until_stopped(host: str, port: int, gpus: int | None) -> int:
             f"without tokens (INFINITETALK_SERVE_TOKENS) only --host 127.0.0.1 is served, not {host}"
         )
     stop = threading.Event()
-    with cluster(settings, gpus):
+    with cluster(settings, gpus, service.metrics_port):
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
         serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
         serve.run(app, name="infinitetalk")
         print(f"serving on http://{host}:{port}, jobs in {service.data}", flush=True)  # noqa: T201
+        print(f"metrics on {', '.join(metrics_pages())}", flush=True)  # noqa: T201
         stop.wait()
         stop_runner()
         serve.shutdown()  # type: ignore[no-untyped-call]

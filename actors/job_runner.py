@@ -20,6 +20,7 @@ import ray
 
 from actors.cluster import DEFAULT_DRAFT_LANES
 from actors.driver import redo_part, render
+from actors.job_report import JobReport, tell_end, tell_start
 from actors.job_watch import JobWatch
 from actors.pool import RendererPool
 from pipeline.engine import runs_on_cpu
@@ -66,13 +67,15 @@ class JobRunner:
 
     def state(self) -> dict[str, Any]:
         """For readiness: who runs, on what, and what is wrong where something is."""
+        pool = self._pool  # its thread may close it meanwhile
+        lanes = None if pool is None else pool.lanes()
         return {
             "runner": self._name,
             "pid": os.getpid(),
             "settings": [self._service.model_dump_json(), self._settings.model_dump_json()],
             "alive": self._loop.is_alive(),
-            "gpus": 0 if self._pool is None else len(self._pool.lanes().ready),
-            "starting": 0 if self._pool is None else len(self._pool.lanes().starting),
+            "gpus": 0 if lanes is None else len(lanes.ready),
+            "starting": 0 if lanes is None else len(lanes.starting),
             "trouble": self._trouble,
         }
 
@@ -84,10 +87,11 @@ class JobRunner:
         self._loop.join()
 
     def _run(self) -> None:
-        sender = None
+        sender = report = None
         try:
             store = JobStore(self._service)
             sender = WebhookSender(store)
+            report = JobReport(store.index, self.state)
             while not self._stop.is_set():
                 self._look_after(store)
                 self._warm_up()
@@ -95,14 +99,17 @@ class JobRunner:
                 if job is None:
                     self._stop.wait(IDLE_SECONDS)
                 else:
+                    tell_start(job)
                     self._do(store, job)
+                    tell_end(store.index, job.id)
         except BaseException:
             log.exception("the runner ends; Ray starts another one")
             os._exit(1)  # a thread's end alone would leave an actor that does nothing
         finally:
             self._close_pool()
-            if sender is not None:
-                sender.stop()
+            for thread in (sender, report):
+                if thread is not None:
+                    thread.stop()
 
     def _look_after(self, store: JobStore) -> None:
         if time.monotonic() >= self._next_clean_up:

@@ -121,7 +121,7 @@ class Load:
         """How a job is; empty where there was no answer."""
         state = ""
         async with self._timed("status") as said, self._session.get(f"{self._url}/v1/jobs/{job}") as answer:
-            state = (await answer.json()).get("state", "")
+            state = str((await answer.json()).get("state", ""))
             said.append(answer.status)
         return state
 

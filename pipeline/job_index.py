@@ -33,6 +33,8 @@ from pipeline.job_records import (
 )
 
 _QUEUE_ORDER = (JOBS.c.priority.desc(), JOBS.c.created, JOBS.c.id)
+_LOCK = 0x1F17A1C
+"""Any number, the same for all."""
 LEASE_SECONDS = 10.0
 """A runner that has not renewed its hold on a job for so long is dead; its jobs are queued again."""
 
@@ -44,7 +46,12 @@ class JobIndex:
         self._engine = sa.create_engine(url)
         if self._engine.dialect.name == "sqlite":
             _make_sqlite_dependable(self._engine)
-        TABLES.create_all(self._engine)
+        with self._engine.begin() as db:
+            if self._engine.dialect.name == "postgresql":  # several heads start at once
+                db.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK)))
+            TABLES.create_all(db)
+            for index in JOBS.indexes:  # of a version to come: tables that are there get them too
+                index.create(db, checkfirst=True)
 
     def close(self) -> None:
         """Give the connections back."""
@@ -146,11 +153,11 @@ class JobIndex:
 
     def counts(self, api: str | None = None) -> dict[JobState, int]:
         """How many jobs are in each state."""
-        query = sa.select(JOBS.c.state, sa.func.count()).group_by(JOBS.c.state)
+        query = sa.select(JOBS.c.state, sa.func.count().label("jobs")).group_by(JOBS.c.state)
         if api is not None:
             query = query.where(JOBS.c.api == api)
         with self._read() as db:
-            found: dict[str, int] = dict(row.tuple() for row in db.execute(query))
+            found: dict[str, int] = {row.state: row.jobs for row in db.execute(query)}
         return {state: found.get(state, 0) for state in get_args(JobState)}
 
     def standings(self, jobs: Sequence[str]) -> dict[str, Standing]:
@@ -163,7 +170,7 @@ class JobIndex:
             found = [_job(row) for row in rows]
             if waiting := [job.id for job in found if job.state == "queued"]:
                 places = db.execute(sa.select(queue.c.id, queue.c.ahead).where(queue.c.id.in_(waiting)))
-                ahead = dict(row.tuple() for row in places)
+                ahead = {place.id: place.ahead for place in places}
         return {job.id: Standing(job, ahead.get(job.id)) for job in found}
 
     def standing(self, job: str) -> Standing:
@@ -241,7 +248,7 @@ class JobIndex:
         """The states of those of the jobs that exist."""
         query = sa.select(JOBS.c.id, JOBS.c.state).where(JOBS.c.id.in_(list(jobs)))
         with self._read() as db:
-            return dict(row.tuple() for row in db.execute(query))
+            return {row.id: row.state for row in db.execute(query)}
 
     def take_stream(self, job: str, limit: int = 100) -> list[Event]:
         """A job's progress that was not taken yet; each event is given once, whoever asks."""
@@ -267,9 +274,9 @@ class JobIndex:
 
     def newest_events(self, after: int) -> dict[str, int]:
         """The id of each job's newest event, of the jobs that have one after ``after``."""
-        query = sa.select(EVENTS.c.job, sa.func.max(EVENTS.c.id)).where(EVENTS.c.id > after)
+        query = sa.select(EVENTS.c.job, sa.func.max(EVENTS.c.id).label("newest")).where(EVENTS.c.id > after)
         with self._read() as db:
-            return dict(row.tuple() for row in db.execute(query.group_by(EVENTS.c.job)))
+            return {row.job: row.newest for row in db.execute(query.group_by(EVENTS.c.job))}
 
     # --- runners ---------------------------------------------------------------------------------
 
@@ -401,6 +408,12 @@ class JobIndex:
         )
         with self._read() as db:
             return [(row.id, row.finished, row.bytes) for row in db.execute(query)]
+
+    def finished_bytes(self) -> int:
+        """What the jobs that are over take on the disk."""
+        query = sa.select(sa.func.sum(JOBS.c.bytes)).where(JOBS.c.state.in_(sorted(FINAL)))
+        with self._read() as db:
+            return int(db.execute(query).scalar() or 0)
 
     def _back(self, db: sa.Connection, which: sa.ColumnElement[bool], job: str) -> bool:
         values = {"state": "queued", "stage": "queued", "runner": None, "lease_until": None}

@@ -14,8 +14,8 @@ from pipeline.job_records import FINAL, Event, Job
 
 LOOK_SECONDS = 0.2
 OVERLAP = 200
-"""So many of the events that are known are looked at again: where several write to PostgreSQL at once, one with
-a lower id may appear after one with a higher."""
+"""So many known events are looked at again: where several write to PostgreSQL at once, one with a lower id
+may appear after one with a higher."""
 KEEP_ALIVE_SECONDS = 15.0
 REMEMBERED = 10_000
 """Jobs whose newest event is farther back than so many are not news to anyone who waits."""
