@@ -43,6 +43,8 @@ LOOK_SECONDS = 1.0
 """How often an idle runner looks at its engines."""
 MAX_ATTEMPTS = 20
 """Runners that one job may lose, or find its directory held."""
+NICENESS = 10
+"""Looking at inputs, joining and encoding wait where the API needs the CPU; engines are not the runner's."""
 AGAIN_SECONDS = 30.0
 """Before engines that do not start are tried again."""
 
@@ -53,6 +55,7 @@ class JobRunner:
     """Renders the jobs of one data directory on all GPUs of the cluster."""
 
     def __init__(self, service: ServiceSettings, settings: Settings) -> None:
+        os.nice(NICENESS)
         self._service, self._settings = service, settings
         self._name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
         self._pool: RendererPool | None = None

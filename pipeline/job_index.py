@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, Literal, get_args
 
@@ -32,7 +33,6 @@ from pipeline.job_records import (
     Webhook,
 )
 
-_QUEUE_ORDER = (JOBS.c.priority.desc(), JOBS.c.created, JOBS.c.id)
 _LOCK = 0x1F17A1C
 """Any number, the same for all."""
 LEASE_SECONDS = 10.0
@@ -44,14 +44,19 @@ class JobIndex:
 
     def __init__(self, url: str) -> None:
         self._engine = sa.create_engine(url)
-        if self._engine.dialect.name == "sqlite":
+        if self.in_a_file:
             _make_sqlite_dependable(self._engine)
         with self._engine.begin() as db:
-            if self._engine.dialect.name == "postgresql":  # several heads start at once
+            if not self.in_a_file:  # several heads start at once
                 db.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK)))
             TABLES.create_all(db)
             for index in JOBS.indexes:  # of a version to come: tables that are there get them too
                 index.create(db, checkfirst=True)
+
+    @property
+    def in_a_file(self) -> bool:
+        """Whether it is on this machine's disk, and not at a server."""
+        return self._engine.dialect.name == "sqlite"
 
     def close(self) -> None:
         """Give the connections back."""
@@ -59,6 +64,14 @@ class JobIndex:
 
     def _read(self) -> sa.Connection:
         return self._engine.connect().execution_options(reads=True)
+
+    @contextmanager
+    def _write_lazily(self) -> Iterator[sa.Connection]:
+        """A transaction that a power cut may undo: of what is news for people, and no state of a job."""
+        with self._engine.connect().execution_options(lazily=True) as db, db.begin():
+            if not self.in_a_file:
+                db.exec_driver_sql("SET LOCAL synchronous_commit TO off")
+            yield db
 
     # --- clients ---------------------------------------------------------------------------------
 
@@ -162,16 +175,9 @@ class JobIndex:
 
     def standings(self, jobs: Sequence[str]) -> dict[str, Standing]:
         """Those of the jobs that exist, as they are at one moment."""
-        place = sa.func.row_number().over(order_by=_QUEUE_ORDER)
-        queue = sa.select(JOBS.c.id, (place - 1).label("ahead")).where(JOBS.c.state == "queued").subquery()
-        ahead: dict[str, int] = {}
         with self._read() as db:
-            rows = db.execute(sa.select(JOBS).where(JOBS.c.id.in_(jobs))).mappings()
-            found = [_job(row) for row in rows]
-            if waiting := [job.id for job in found if job.state == "queued"]:
-                places = db.execute(sa.select(queue.c.id, queue.c.ahead).where(queue.c.id.in_(waiting)))
-                ahead = {place.id: place.ahead for place in places}
-        return {job.id: Standing(job, ahead.get(job.id)) for job in found}
+            rows = db.execute(_STANDINGS.where(JOBS.c.id.in_(jobs))).mappings()
+            return {row["id"]: Standing(_job(row), row["ahead"]) for row in rows}
 
     def standing(self, job: str) -> Standing:
         """One of them.  Raises ``JobNotFound``."""
@@ -286,7 +292,7 @@ class JobIndex:
         following = (
             sa.select(JOBS.c.id)
             .where((JOBS.c.state == "queued") & (JOBS.c.expires.is_(None) | (JOBS.c.expires > now)))
-            .order_by(*_QUEUE_ORDER)
+            .order_by(JOBS.c.priority.desc(), JOBS.c.created, JOBS.c.id)
             .limit(1)
             .with_for_update(skip_locked=True)
         )
@@ -314,7 +320,7 @@ class JobIndex:
 
         False: the job was cancelled or belongs to another runner by now; stop at once.
         """
-        with self._engine.begin() as db:
+        with self._write_lazily() as db:
             done = db.execute(
                 JOBS.update()
                 .where(_held(job, runner))
@@ -329,7 +335,7 @@ class JobIndex:
 
     def tell(self, job: str, kind: EventKind, data: Mapping[str, Any]) -> None:
         """Add an event."""
-        with self._engine.begin() as db:
+        with self._write_lazily() as db:
             _tell(db, job, kind, data)
 
     def finish(
@@ -360,19 +366,28 @@ class JobIndex:
     def recover(self) -> list[str]:
         """Queue the jobs again whose runner is dead; their ids."""
         lost = (JOBS.c.state == "in_progress") & (JOBS.c.lease_until < time.time())
-        with self._engine.begin() as db:
-            ids = list(db.execute(sa.select(JOBS.c.id).where(lost)).scalars())
-            return [job for job in ids if self._back(db, (JOBS.c.id == job) & lost, job)]
+        back = []
+        for job in self._ids(lost):
+            with self._engine.begin() as db:
+                if self._back(db, (JOBS.c.id == job) & lost, job):
+                    back.append(job)
+        return back
 
     def expire(self) -> list[str]:
         """Fail the queued jobs whose time is over; their ids."""
         late = (JOBS.c.state == "queued") & (JOBS.c.expires < time.time())
         error = {"code": "expired", "message": "the job waited longer than its time to live", "field": None}
-        with self._engine.begin() as db:
-            ids = list(db.execute(sa.select(JOBS.c.id).where(late)).scalars())
-            return [
-                job for job in ids if self._end(db, (JOBS.c.id == job) & late, job, "failed", error=error)
-            ]
+        ended = []
+        for job in self._ids(late):
+            with self._engine.begin() as db:
+                if self._end(db, (JOBS.c.id == job) & late, job, "failed", error=error):
+                    ended.append(job)
+        return ended
+
+    def _ids(self, which: sa.ColumnElement[bool]) -> list[str]:
+        """Looked for without the lock for writing: mostly there is none."""
+        with self._read() as db:
+            return list(db.execute(sa.select(JOBS.c.id).where(which)).scalars())
 
     def due_webhook(self, hold_seconds: float) -> Webhook | None:
         """Take the webhook whose time has come; nobody else gets it for so many seconds."""
@@ -445,6 +460,17 @@ def _held(job: str, runner: str) -> sa.ColumnElement[bool]:
     return (JOBS.c.id == job) & (JOBS.c.state == "in_progress") & (JOBS.c.runner == runner)
 
 
+def _standings() -> sa.Select[Any]:
+    other = JOBS.alias("other")
+    older = sa.tuple_(other.c.created, other.c.id) < sa.tuple_(JOBS.c.created, JOBS.c.id)
+    before = (other.c.priority > JOBS.c.priority) | ((other.c.priority == JOBS.c.priority) & older)
+    ahead = sa.select(sa.func.count()).where((other.c.state == "queued") & before).scalar_subquery()
+    return sa.select(JOBS, sa.case((JOBS.c.state == "queued", ahead)).label("ahead"))
+
+
+_STANDINGS = _standings()
+
+
 def _count(which: sa.ColumnElement[bool]) -> sa.Select[int]:
     return sa.select(sa.func.count()).select_from(JOBS).where(which)
 
@@ -458,7 +484,7 @@ def _job(row: Mapping[Any, Any]) -> Job:
 
 
 def _make_sqlite_dependable(engine: sa.Engine) -> None:
-    """Write-ahead log, flushed at every commit; a transaction takes the write lock when it begins.
+    """Write-ahead log, flushed at every commit of a state; a transaction takes the write lock when it begins.
 
     Python's sqlite3 would begin late, and two writers would fail with "database is locked".
     https://docs.sqlalchemy.org/en/20/dialects/sqlite.html#pysqlite-serializable
@@ -469,10 +495,14 @@ def _make_sqlite_dependable(engine: sa.Engine) -> None:
         connection.isolation_level = None
         connection.execute("PRAGMA busy_timeout=20000")
         connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=FULL")
 
     @sa.event.listens_for(engine, "begin")
     def begun(connection: sa.Connection) -> None:
-        connection.exec_driver_sql(
-            "BEGIN" if connection.get_execution_options().get("reads") else "BEGIN IMMEDIATE"
-        )
+        options = connection.get_execution_options()
+        if options.get("reads"):
+            connection.exec_driver_sql("BEGIN")
+            return
+        # What is written lazily reaches the disk with the next commit that does not.
+        flush = "NORMAL" if options.get("lazily") else "FULL"
+        connection.exec_driver_sql(f"PRAGMA synchronous={flush}")
+        connection.exec_driver_sql("BEGIN IMMEDIATE")

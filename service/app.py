@@ -56,13 +56,14 @@ def create_app(settings: ServiceSettings, backend: Backend, told: Told | None = 
         app.state.store = JobStore(settings)
         app.state.tokens = tokens
         app.state.news = News(app.state.store.index)
-        app.state.reads = JobReads(app.state.store.index)
+        app.state.reads = JobReads(settings.index_url)
         app.state.backend = backend
         await asyncio.to_thread(backend.ensure)
         tasks = [asyncio.create_task(app.state.news.watch()), asyncio.create_task(_keep_ensuring(backend))]
         yield
         for task in tasks:
             task.cancel()
+        app.state.reads.close()
         app.state.store.index.close()
 
     app = FastAPI(

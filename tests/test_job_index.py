@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,53 +14,6 @@ from pipeline import job_index, job_records
 from pipeline.errors import JobConflict, JobNotFound, QueueFull
 from pipeline.job_index import JobIndex
 from pipeline.job_records import NewJob
-
-POSTGRES = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@pytest.fixture(scope="module")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A PostgreSQL server of our own."""
-    if not POSTGRES:
-        pytest.skip("no PostgreSQL here: apt-get install postgresql")
-    folder = tmp_path_factory.mktemp("postgres")
-    port = free_port()
-    as_user = []
-    if os.geteuid() == 0:  # PostgreSQL refuses root
-        shutil.chown(folder, "postgres")
-        for parent in (folder.parent, folder.parent.parent):
-            parent.chmod(0o755)
-        as_user = ["runuser", "-u", "postgres", "--"]
-    tools = POSTGRES[-1].parent
-    data = folder / "data"
-    subprocess.run(
-        [*as_user, tools / "initdb", "-D", data, "-U", "jobs", "-A", "trust", "--no-sync"],
-        check=True,
-        capture_output=True,
-        cwd=folder,
-    )
-    server = subprocess.Popen(
-        [*as_user, tools / "postgres", "-D", data, "-p", str(port), "-h", "127.0.0.1", "-k", str(folder)],
-        cwd=folder,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    for _ in range(200):
-        ready = subprocess.run(
-            [tools / "pg_isready", "-h", "127.0.0.1", "-p", str(port)], capture_output=True
-        )
-        if ready.returncode == 0:
-            break
-        time.sleep(0.05)
-    yield f"postgresql+psycopg://jobs@127.0.0.1:{port}/postgres"
-    server.terminate()
-    server.wait()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
