@@ -15,8 +15,10 @@ import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve.schema import LoggingConfig
 
-from actors.cluster import cluster
+from actors import metrics
+from actors.cluster import cluster, metrics_pages
 from actors.job_runner import ensure_runner, stop_runner
 from actors.pool_client import PoolClient
 from pipeline.errors import ConfigurationError
@@ -26,6 +28,8 @@ from service.app import create_app
 from service.tokens import Tokens, is_loopback
 
 STATE_SECONDS = 2.0
+LOGGING = LoggingConfig(enable_access_log=False)
+"""Clients that poll would fill the disk with lines; requests are counted (``actors.metrics``)."""
 
 log = logging.getLogger(__name__)
 
@@ -54,11 +58,13 @@ def build() -> FastAPI:
     """The application of one replica."""
     logging.getLogger("service").setLevel(logging.INFO)
     service, settings = ServiceSettings.from_env(), Settings.from_env()
-    return create_app(service, RayBackend(service, settings))
+    return create_app(service, RayBackend(service, settings), metrics.http_answered)
 
 
 # max_ongoing_requests: listeners of events count too.  num_cpus=0: a replica only waits for others.
-@serve.deployment(name="api", max_ongoing_requests=2000, ray_actor_options={"num_cpus": 0})
+@serve.deployment(
+    name="api", max_ongoing_requests=2000, ray_actor_options={"num_cpus": 0}, logging_config=LOGGING
+)
 @serve.ingress(build)
 class Api:
     """The HTTP application as a Serve deployment."""
@@ -79,12 +85,14 @@ def serve_until_stopped(host: str, port: int, gpus: int | None) -> int:
             f"without tokens (INFINITETALK_SERVE_TOKENS) only --host 127.0.0.1 is served, not {host}"
         )
     stop = threading.Event()
-    with cluster(settings, gpus):
+    with cluster(settings, gpus, service.metrics_port):
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
-        serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+        http = {"host": host, "port": port}
+        serve.start(proxy_location="HeadOnly", http_options=http, logging_config=LOGGING)
         serve.run(app, name="infinitetalk")
         print(f"serving on http://{host}:{port}, jobs in {service.data}", flush=True)  # noqa: T201
+        print(f"metrics on {', '.join(metrics_pages())}", flush=True)  # noqa: T201
         stop.wait()
         stop_runner()
         if settings.ray_address == "local":

@@ -81,12 +81,19 @@ def _no_more_than(gpus: int | None) -> int | None:
     return None if gpus is None else min(gpus, len(visible_gpus()))
 
 
+def metrics_pages() -> list[str]:
+    """Where each node of the cluster shows its metrics."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    return [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in nodes]
+
+
 @contextmanager
-def cluster(settings: Settings, gpus: int | None) -> Iterator[int]:
+def cluster(settings: Settings, gpus: int | None, metrics_port: int | None = None) -> Iterator[int]:
     """Start or join Ray; yields the number of lanes, one for each GPU.
 
-    ``gpus`` limits them.  On a machine without GPUs, the draft engine gets ``gpus`` lanes on the CPU;
-    so does ComfyUI where it runs with ``--cpu``.  Raises ``ConfigurationError`` when there is no lane.
+    ``metrics_port`` is for a Ray started here (default: any free one).  ``gpus`` limits the lanes.  On a
+    machine without GPUs, the draft engine gets ``gpus`` lanes on the CPU; so does ComfyUI where it runs with
+    ``--cpu``.  Raises ``ConfigurationError`` when there is no lane.
     """
     check_gpus(gpus)
     # Read when Ray's processes start: no telemetry, engines at normal priority.
@@ -100,6 +107,7 @@ def cluster(settings: Settings, gpus: int | None) -> Iterator[int]:
             "num_gpus": (gpus or DEFAULT_DRAFT_LANES) if on_cpu else _no_more_than(gpus),
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,
+            "_metrics_export_port": metrics_port,
         }
     else:
         options = {}

@@ -21,6 +21,7 @@ import ray
 from ray.exceptions import RayError
 
 from actors.driver import redo_part, render
+from actors.job_report import JobReport, tell_end, tell_start
 from actors.job_watch import JobWatch
 from actors.pool import NAMESPACE, PoolView
 from actors.pool_client import PoolClient
@@ -52,6 +53,8 @@ MAX_ATTEMPTS = 20
 """Runners that one job may lose, or find its directory held."""
 MORE_JOBS = 2
 """Jobs in work beside two for each GPU: those that prepare and join while others render."""
+NICENESS = 10
+"""Looking at inputs, joining and encoding wait where the API needs the CPU; engines are not the runner's."""
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +63,7 @@ class JobRunner:
     """Renders the jobs of one data directory on all GPUs of the cluster."""
 
     def __init__(self, service: ServiceSettings, settings: Settings) -> None:
+        os.nice(NICENESS)
         self._service, self._settings = service, settings
         self._name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
         self._pool: PoolClient | None = None
@@ -92,10 +96,11 @@ class JobRunner:
         self._loop.join()
 
     def _run(self) -> None:
-        sender = None
+        sender = report = None
         try:
             store = JobStore(self._service)
             sender = WebhookSender(store)
+            report = JobReport(store.index, self.state)
             while not self._stop.is_set():
                 self._look_after(store)
                 self._look_at_the_pool(store)
@@ -112,8 +117,9 @@ class JobRunner:
                 watch.stop.set()
             for thread in list(self._jobs):
                 thread.join()
-            if sender is not None:
-                sender.stop()
+            for helper in (sender, report):
+                if helper is not None:
+                    helper.stop()
 
     def _look_after(self, store: JobStore) -> None:
         if time.monotonic() >= self._next_clean_up:
@@ -157,7 +163,9 @@ class JobRunner:
 
         def work() -> None:
             try:
+                tell_start(job)
                 self._do(store, job, watch)
+                tell_end(store.index, job.id)
             except BaseException:
                 log.exception("job %s ends the runner; Ray starts another one", job.id, extra={"job": job.id})
                 os._exit(1)

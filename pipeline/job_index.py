@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, Literal, get_args
 
@@ -28,9 +29,12 @@ from pipeline.job_records import (
     Job,
     JobState,
     NewJob,
+    Standing,
     Webhook,
 )
 
+_LOCK = 0x1F17A1C
+"""Any number, the same for all."""
 LEASE_SECONDS = 10.0
 """A runner that has not renewed its hold on a job for so long is dead; its jobs are queued again."""
 
@@ -40,9 +44,19 @@ class JobIndex:
 
     def __init__(self, url: str) -> None:
         self._engine = sa.create_engine(url)
-        if self._engine.dialect.name == "sqlite":
+        if self.in_a_file:
             _make_sqlite_dependable(self._engine)
-        TABLES.create_all(self._engine)
+        with self._engine.begin() as db:
+            if not self.in_a_file:  # several heads start at once
+                db.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK)))
+            TABLES.create_all(db)
+            for index in JOBS.indexes:  # of a version to come: tables that are there get them too
+                index.create(db, checkfirst=True)
+
+    @property
+    def in_a_file(self) -> bool:
+        """Whether it is on this machine's disk, and not at a server."""
+        return self._engine.dialect.name == "sqlite"
 
     def close(self) -> None:
         """Give the connections back."""
@@ -50,6 +64,14 @@ class JobIndex:
 
     def _read(self) -> sa.Connection:
         return self._engine.connect().execution_options(reads=True)
+
+    @contextmanager
+    def _write_lazily(self) -> Iterator[sa.Connection]:
+        """A transaction that a power cut may undo: of what is news for people, and no state of a job."""
+        with self._engine.connect().execution_options(lazily=True) as db, db.begin():
+            if not self.in_a_file:
+                db.exec_driver_sql("SET LOCAL synchronous_commit TO off")
+            yield db
 
     # --- clients ---------------------------------------------------------------------------------
 
@@ -144,21 +166,25 @@ class JobIndex:
 
     def counts(self, api: str | None = None) -> dict[JobState, int]:
         """How many jobs are in each state."""
-        query = sa.select(JOBS.c.state, sa.func.count()).group_by(JOBS.c.state)
+        query = sa.select(JOBS.c.state, sa.func.count().label("jobs")).group_by(JOBS.c.state)
         if api is not None:
             query = query.where(JOBS.c.api == api)
         with self._read() as db:
-            found: dict[str, int] = dict(row.tuple() for row in db.execute(query))
+            found: dict[str, int] = {row.state: row.jobs for row in db.execute(query)}
         return {state: found.get(state, 0) for state in get_args(JobState)}
 
-    def ahead(self, job: Job) -> int:
-        """Queued jobs that go before this queued one."""
-        before = (JOBS.c.priority > job.priority) | (
-            (JOBS.c.priority == job.priority)
-            & (sa.tuple_(JOBS.c.created, JOBS.c.id) < sa.tuple_(sa.literal(job.created), sa.literal(job.id)))
-        )
+    def standings(self, jobs: Sequence[str]) -> dict[str, Standing]:
+        """Those of the jobs that exist, as they are at one moment."""
         with self._read() as db:
-            return db.execute(_count((JOBS.c.state == "queued") & before)).scalar_one()
+            rows = db.execute(_STANDINGS.where(JOBS.c.id.in_(jobs))).mappings()
+            return {row["id"]: Standing(_job(row), row["ahead"]) for row in rows}
+
+    def standing(self, job: str) -> Standing:
+        """One of them.  Raises ``JobNotFound``."""
+        found = self.standings([job])
+        if job not in found:
+            raise JobNotFound(job)
+        return found[job]
 
     def cancel(self, job: str) -> Job:
         """End a job that is not over; one that is stays as it is.  Its runner notices within a tick."""
@@ -228,7 +254,7 @@ class JobIndex:
         """The states of those of the jobs that exist."""
         query = sa.select(JOBS.c.id, JOBS.c.state).where(JOBS.c.id.in_(list(jobs)))
         with self._read() as db:
-            return dict(row.tuple() for row in db.execute(query))
+            return {row.id: row.state for row in db.execute(query)}
 
     def take_stream(self, job: str, limit: int = 100) -> list[Event]:
         """A job's progress that was not taken yet; each event is given once, whoever asks."""
@@ -251,6 +277,12 @@ class JobIndex:
         """The id of the newest event of all; cheap, to see whether there is any news."""
         with self._read() as db:
             return db.execute(sa.select(sa.func.max(EVENTS.c.id))).scalar() or 0
+
+    def newest_events(self, after: int) -> dict[str, int]:
+        """The id of each job's newest event, of the jobs that have one after ``after``."""
+        query = sa.select(EVENTS.c.job, sa.func.max(EVENTS.c.id).label("newest")).where(EVENTS.c.id > after)
+        with self._read() as db:
+            return {row.job: row.newest for row in db.execute(query.group_by(EVENTS.c.job))}
 
     # --- runners ---------------------------------------------------------------------------------
 
@@ -288,7 +320,7 @@ class JobIndex:
 
         False: the job was cancelled or belongs to another runner by now; stop at once.
         """
-        with self._engine.begin() as db:
+        with self._write_lazily() as db:
             done = db.execute(
                 JOBS.update()
                 .where(_held(job, runner))
@@ -303,7 +335,7 @@ class JobIndex:
 
     def tell(self, job: str, kind: EventKind, data: Mapping[str, Any]) -> None:
         """Add an event."""
-        with self._engine.begin() as db:
+        with self._write_lazily() as db:
             _tell(db, job, kind, data)
 
     def finish(
@@ -334,19 +366,28 @@ class JobIndex:
     def recover(self) -> list[str]:
         """Queue the jobs again whose runner is dead; their ids."""
         lost = (JOBS.c.state == "in_progress") & (JOBS.c.lease_until < time.time())
-        with self._engine.begin() as db:
-            ids = list(db.execute(sa.select(JOBS.c.id).where(lost)).scalars())
-            return [job for job in ids if self._back(db, (JOBS.c.id == job) & lost, job)]
+        back = []
+        for job in self._ids(lost):
+            with self._engine.begin() as db:
+                if self._back(db, (JOBS.c.id == job) & lost, job):
+                    back.append(job)
+        return back
 
     def expire(self) -> list[str]:
         """Fail the queued jobs whose time is over; their ids."""
         late = (JOBS.c.state == "queued") & (JOBS.c.expires < time.time())
         error = {"code": "expired", "message": "the job waited longer than its time to live", "field": None}
-        with self._engine.begin() as db:
-            ids = list(db.execute(sa.select(JOBS.c.id).where(late)).scalars())
-            return [
-                job for job in ids if self._end(db, (JOBS.c.id == job) & late, job, "failed", error=error)
-            ]
+        ended = []
+        for job in self._ids(late):
+            with self._engine.begin() as db:
+                if self._end(db, (JOBS.c.id == job) & late, job, "failed", error=error):
+                    ended.append(job)
+        return ended
+
+    def _ids(self, which: sa.ColumnElement[bool]) -> list[str]:
+        """Looked for without the lock for writing: mostly there is none."""
+        with self._read() as db:
+            return list(db.execute(sa.select(JOBS.c.id).where(which)).scalars())
 
     def due_webhook(self, hold_seconds: float) -> Webhook | None:
         """Take the webhook whose time has come; nobody else gets it for so many seconds."""
@@ -383,6 +424,12 @@ class JobIndex:
         with self._read() as db:
             return [(row.id, row.finished, row.bytes) for row in db.execute(query)]
 
+    def finished_bytes(self) -> int:
+        """What the jobs that are over take on the disk."""
+        query = sa.select(sa.func.sum(JOBS.c.bytes)).where(JOBS.c.state.in_(sorted(FINAL)))
+        with self._read() as db:
+            return int(db.execute(query).scalar() or 0)
+
     def _back(self, db: sa.Connection, which: sa.ColumnElement[bool], job: str) -> bool:
         values = {"state": "queued", "stage": "queued", "runner": None, "lease_until": None}
         done = db.execute(JOBS.update().where(which).values(values))
@@ -413,6 +460,17 @@ def _held(job: str, runner: str) -> sa.ColumnElement[bool]:
     return (JOBS.c.id == job) & (JOBS.c.state == "in_progress") & (JOBS.c.runner == runner)
 
 
+def _standings() -> sa.Select[Any]:
+    other = JOBS.alias("other")
+    older = sa.tuple_(other.c.created, other.c.id) < sa.tuple_(JOBS.c.created, JOBS.c.id)
+    before = (other.c.priority > JOBS.c.priority) | ((other.c.priority == JOBS.c.priority) & older)
+    ahead = sa.select(sa.func.count()).where((other.c.state == "queued") & before).scalar_subquery()
+    return sa.select(JOBS, sa.case((JOBS.c.state == "queued", ahead)).label("ahead"))
+
+
+_STANDINGS = _standings()
+
+
 def _count(which: sa.ColumnElement[bool]) -> sa.Select[int]:
     return sa.select(sa.func.count()).select_from(JOBS).where(which)
 
@@ -426,7 +484,7 @@ def _job(row: Mapping[Any, Any]) -> Job:
 
 
 def _make_sqlite_dependable(engine: sa.Engine) -> None:
-    """Write-ahead log, flushed at every commit; a transaction takes the write lock when it begins.
+    """Write-ahead log, flushed at every commit of a state; a transaction takes the write lock when it begins.
 
     Python's sqlite3 would begin late, and two writers would fail with "database is locked".
     https://docs.sqlalchemy.org/en/20/dialects/sqlite.html#pysqlite-serializable
@@ -437,10 +495,14 @@ def _make_sqlite_dependable(engine: sa.Engine) -> None:
         connection.isolation_level = None
         connection.execute("PRAGMA busy_timeout=20000")
         connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=FULL")
 
     @sa.event.listens_for(engine, "begin")
     def begun(connection: sa.Connection) -> None:
-        connection.exec_driver_sql(
-            "BEGIN" if connection.get_execution_options().get("reads") else "BEGIN IMMEDIATE"
-        )
+        options = connection.get_execution_options()
+        if options.get("reads"):
+            connection.exec_driver_sql("BEGIN")
+            return
+        # What is written lazily reaches the disk with the next commit that does not.
+        flush = "NORMAL" if options.get("lazily") else "FULL"
+        connection.exec_driver_sql(f"PRAGMA synchronous={flush}")
+        connection.exec_driver_sql("BEGIN IMMEDIATE")

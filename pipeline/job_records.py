@@ -20,7 +20,7 @@ JOBS = sa.Table(
     "jobs",
     TABLES,
     sa.Column("id", sa.String(64), primary_key=True),
-    sa.Column("state", sa.String(16), nullable=False, index=True),
+    sa.Column("state", sa.String(16), nullable=False),
     sa.Column("api", sa.String(16), nullable=False),
     sa.Column("owner", sa.String(100), nullable=False),
     sa.Column("priority", sa.Integer, nullable=False),
@@ -48,6 +48,9 @@ JOBS = sa.Table(
     sa.Column("streamed", sa.Integer, nullable=False, default=0),
     sa.UniqueConstraint("owner", "idempotency_key"),
 )
+# Rows are long (plans, results): who only counts or sorts shall not read them.
+sa.Index("jobs_in_order", JOBS.c.state, JOBS.c.priority.desc(), JOBS.c.created, JOBS.c.id)
+sa.Index("jobs_over", JOBS.c.state, JOBS.c.finished, JOBS.c.bytes, JOBS.c.id)
 EVENTS = sa.Table(
     "events",
     TABLES,
@@ -114,6 +117,15 @@ class Job:
     @property
     def is_final(self) -> bool:
         return self.state in FINAL
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """A job, and where it stands."""
+
+    job: Job
+    ahead: int | None
+    """Queued jobs that go before it; None where it is not queued itself."""
 
 
 @dataclass(frozen=True, slots=True)

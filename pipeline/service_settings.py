@@ -52,6 +52,8 @@ class ServiceSettings(BaseModel):
     queue_seconds: float = Field(default=7 * 24 * 3600, gt=0)
     """How long a job may wait, unless its request says less."""
 
+    metrics_port: int | None = Field(default=None, ge=1024, le=65535)
+    """Of the page for Prometheus, where the service starts Ray itself; default: any free port."""
     volume: Path = Path("/runpod-volume")
     """Where RunPod mounts a network volume; results of jobs that ask for it are copied there."""
 

@@ -20,7 +20,7 @@ from pipeline.job_store import JobStore, Source
 from pipeline.portrait import FORMATS
 from pipeline.timeline import FPS
 from service import api_v1
-from service.api_v1 import Owner, Store, own_job
+from service.api_v1 import Owner, Store, own_standing
 from service.errors import Failure
 from service.intake import Submission, submit
 from service.uploads import Inputs, discarding, read_inputs, render_fields, take_sources
@@ -123,8 +123,8 @@ def video_of(job: Job) -> Video:
     )
 
 
-def _own(video: str, store: Store, owner: Owner) -> Job:
-    job = own_job(video, store, owner)
+async def _own(video: str, request: Request, owner: Owner) -> Job:
+    job = (await own_standing(video, request, owner)).job
     if job.api != "openai":
         raise JobNotFound(video)
     return job
@@ -244,7 +244,7 @@ def list_videos(
 
 
 @router.get("/{video}", responses=ERRORS)
-def retrieve(video: OwnVideo, response: Response) -> Video:
+async def retrieve(video: OwnVideo, response: Response) -> Video:
     """How a video is."""
     response.headers["openai-poll-after-ms"] = POLL_MILLISECONDS
     return video_of(video)

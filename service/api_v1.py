@@ -13,25 +13,27 @@ from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import InvalidRequest, JobNotFound
-from pipeline.job_records import Job, JobState
+from pipeline.job_records import Job, JobState, Standing
 from pipeline.job_store import JobStore
 from pipeline.request import RenderRequest
 from service.intake import FILE_FIELDS, Submission, submit
 from service.news import News
-from service.tokens import owner_of, owner_or_link
+from service.reads import JobReads
+from service.tokens import owner_or_link, requested_by
 from service.uploads import discarding, read_inputs, render_fields
 
 router = APIRouter(prefix="/v1", tags=["jobs"])
+VIDEO_PATH = "/v1/jobs/{job}/video"
 
 
-def store_of(request: Request) -> JobStore:
-    """The store of this process."""
+async def store_of(request: Request) -> JobStore:
+    """The store of this process; async, or it would cost a turn on a thread."""
     store: JobStore = request.app.state.store
     return store
 
 
 Store = Annotated[JobStore, Depends(store_of)]
-Owner = Annotated[str, Depends(owner_of)]
+Owner = Annotated[str, Depends(requested_by)]
 
 
 class JobView(BaseModel):
@@ -107,17 +109,17 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def view(job: Job, request: Request) -> JobView:
+def view(standing: Standing, request: Request) -> JobView:
     """The job for a client."""
-    store = store_of(request)
-    path = request.app.url_path_for("read_video", job=job.id)
+    job = standing.job
+    path = VIDEO_PATH.format(job=job.id)
     return JobView(
         id=job.id,
         state=job.state,
         stage=job.stage,
         progress=job.progress,
         eta_seconds=job.eta_seconds,
-        position=store.index.ahead(job) if job.state == "queued" else None,
+        position=standing.ahead,
         priority=job.priority,
         created=job.created,
         started=job.started,
@@ -130,12 +132,21 @@ def view(job: Job, request: Request) -> JobView:
     )
 
 
-def own_job(job: str, store: Store, owner: Owner) -> Job:
+async def own_standing(job: str, request: Request, owner: Owner) -> Standing:
     """A job of the caller's; others' do not exist for them."""
-    found = store.index.get(job)
-    if found.owner != owner:
+    reads: JobReads = request.app.state.reads
+    found = await reads.standing(job)
+    if found.job.owner != owner:
         raise JobNotFound(job)
     return found
+
+
+OwnStanding = Annotated[Standing, Depends(own_standing)]
+
+
+async def own_job(standing: OwnStanding) -> Job:
+    """The job alone."""
+    return standing.job
 
 
 OwnJob = Annotated[Job, Depends(own_job)]
@@ -221,7 +232,7 @@ async def create(
     job, created = await asyncio.to_thread(submit, store, submission)
     response.status_code = 202 if created else 200
     response.headers["Location"] = f"/v1/jobs/{job.id}"
-    return await asyncio.to_thread(view, job, request)
+    return view(await asyncio.to_thread(store.index.standing, job.id), request)
 
 
 @router.get("/jobs", responses=ERRORS)
@@ -235,25 +246,29 @@ def list_jobs(
 ) -> JobPage:
     """The caller's jobs, newest first, page by page: `after` is the last id of the page before."""
     found = store.index.jobs(owner=owner, states=state, after=after, limit=limit + 1)
-    return JobPage(jobs=[view(job, request) for job in found[:limit]], has_more=len(found) > limit)
+    standings = store.index.standings([job.id for job in found[:limit]])
+    views = [view(standings[job.id], request) for job in found[:limit] if job.id in standings]
+    return JobPage(jobs=views, has_more=len(found) > limit)
 
 
 @router.get("/jobs/{job}", responses=ERRORS)
-def read(job: OwnJob, request: Request) -> JobView:
+async def read(job: str, standing: OwnStanding, request: Request) -> JobView:
     """How a job is."""
-    return view(job, request)
+    return view(standing, request)
 
 
 @router.post("/jobs/{job}/cancel", responses=ERRORS)
 def cancel(job: OwnJob, request: Request, store: Store) -> JobView:
     """End a job; one that is over stays as it is."""
-    return view(store.index.cancel(job.id), request)
+    store.index.cancel(job.id)
+    return view(store.index.standing(job.id), request)
 
 
 @router.post("/jobs/{job}/retry", status_code=202, responses=ERRORS)
 def retry(job: OwnJob, request: Request, store: Store) -> JobView:
     """Queue a failed or cancelled job again; what is rendered of it is kept."""
-    return view(store.index.again(job.id, {"kind": "render"}, ["failed", "cancelled"]), request)
+    store.index.again(job.id, {"kind": "render"}, ["failed", "cancelled"])
+    return view(store.index.standing(job.id), request)
 
 
 class Redo(BaseModel):
@@ -279,7 +294,8 @@ def redo(job: OwnJob, wanted: Redo, request: Request, store: Store) -> JobView:
     Until that is done the video stays as it is; `result.redo` says what was kept.
     """
     task = {"kind": "redo", **wanted.model_dump(exclude_none=True)}
-    return view(store.index.again(job.id, task, ["completed"]), request)
+    store.index.again(job.id, task, ["completed"])
+    return view(store.index.standing(job.id), request)
 
 
 @router.delete("/jobs/{job}", status_code=204, responses=ERRORS)

@@ -20,7 +20,9 @@ from pipeline.service_settings import ServiceSettings
 from service import api_openai, api_runpod, api_v1
 from service.errors import Failure, Refused, failure_of
 from service.news import News
+from service.observed import Observed, Told
 from service.page_routes import add_page
+from service.reads import JobReads
 from service.tokens import Tokens
 
 ENSURE_SECONDS = 5.0
@@ -39,8 +41,11 @@ class Backend(Protocol):
         """``gpus`` that answer, ``starting``, and ``trouble``, a sentence or None.  Raises nothing."""
 
 
-def create_app(settings: ServiceSettings, backend: Backend) -> FastAPI:
-    """The application.  Raises ``ConfigurationError`` for tokens that are none."""
+def create_app(settings: ServiceSettings, backend: Backend, told: Told | None = None) -> FastAPI:
+    """The application; ``told`` hears of every answer.
+
+    Raises ``ConfigurationError`` for tokens that are none.
+    """
 
     tokens = Tokens.read(settings)
     if not tokens.secrets:
@@ -51,12 +56,14 @@ def create_app(settings: ServiceSettings, backend: Backend) -> FastAPI:
         app.state.store = JobStore(settings)
         app.state.tokens = tokens
         app.state.news = News(app.state.store.index)
+        app.state.reads = JobReads(settings.index_url)
         app.state.backend = backend
         await asyncio.to_thread(backend.ensure)
         tasks = [asyncio.create_task(app.state.news.watch()), asyncio.create_task(_keep_ensuring(backend))]
         yield
         for task in tasks:
             task.cancel()
+        app.state.reads.close()
         app.state.store.index.close()
 
     app = FastAPI(
@@ -70,6 +77,8 @@ def create_app(settings: ServiceSettings, backend: Backend) -> FastAPI:
     if settings.cors_origins:
         origins = [origin.strip() for origin in settings.cors_origins.split(",")]
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
+    if told is not None:
+        app.add_middleware(Observed, told=told)
     _add_health(app)
     add_page(app)
     _answer_errors(app)

@@ -85,8 +85,13 @@ def is_loopback(host: str | None) -> bool:
         return False
 
 
+async def requested_by(request: Request) -> str:
+    """``owner_of`` as a FastAPI dependency; async, or it would cost a turn on a thread."""
+    return owner_of(request)
+
+
 def owner_of(request: Request) -> str:
-    """FastAPI dependency: whose request this is.  Raises ``Refused`` 401 or 403.
+    """Whose request this is.  Raises ``Refused`` 401 or 403.
 
     ``Authorization: Bearer SECRET``, or the bare secret, as RunPod's clients send it.
     """

@@ -209,7 +209,7 @@ async def _read_form(
             received += len(chunk)
             if received > limit:
                 raise _too_large(limit)
-            parser.write(chunk)
+            await asyncio.to_thread(parser.write, chunk)  # may wait for the disk
         parser.finalize()
     except FormParserError as error:
         raise InvalidRequest("body", f"broken multipart: {error}") from None

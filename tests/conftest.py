@@ -179,6 +179,17 @@ def processes_with() -> Callable[[str], list[int]]:
     return find
 
 
+@pytest.fixture(scope="module")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of an empty database on a PostgreSQL server of our own."""
+    from tests.postgres_process import PROGRAMS, postgres_server
+
+    if not PROGRAMS:
+        pytest.skip("no PostgreSQL here: apt-get install postgresql")
+    with postgres_server(tmp_path_factory.mktemp("postgres")) as url:
+        yield url
+
+
 @pytest.fixture(scope="session")
 def comfyui_settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """Settings of the real ComfyUI that was given, with tiny weights."""

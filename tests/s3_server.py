@@ -12,7 +12,7 @@ from pathlib import Path
 
 import requests
 
-from tests.service_process import free_port
+from tests.free_ports import free_port
 
 KEY, SECRET = "key", "secret"
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import requests
 
-from tests.conftest import ROOT
+from tests.draft_process import ROOT
 from tests.free_ports import free_port
 
 READY_SECONDS = 180.0
@@ -32,6 +32,8 @@ class Service:
     data: Path
     mark: str
     """In the environment of all its processes."""
+    metrics: str
+    """URL of Ray's page for Prometheus."""
 
     def post(self, path: str, **more: Any) -> requests.Response:
         """POST with Anna's token."""
@@ -79,26 +81,28 @@ class Service:
 @contextmanager
 def running_service(data: Path, mark: str, log: Path, **settings: str) -> Iterator[Service]:
     """Start, wait until engines answer, and end with SIGTERM (or what is left of it with SIGKILL)."""
-    port = free_port()
+    port, metrics = free_port(), free_port()
     env = {
         **os.environ,
         "INFINITETALK_ENGINE": "draft",
         "INFINITETALK_SERVE_DATA_DIR": str(data),
         "INFINITETALK_SERVE_TOKENS": TOKEN + ",bert:secret-of-bert",
+        "INFINITETALK_SERVE_METRICS_PORT": str(metrics),
+        "RAY_metrics_report_interval_ms": "2000",
         "TEST_MARK": mark,
         **settings,
     }
     command = [sys.executable, "-m", "infinitetalk", "serve", "--port", str(port)]
     with log.open("ab") as out:
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=out, start_new_session=True)
-    service = Service(f"http://127.0.0.1:{port}", process, data, mark)
+    pages = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{metrics}/metrics"
+    service = Service(pages[0], process, data, mark, pages[1])
     try:
         deadline = time.monotonic() + READY_SECONDS
         while True:
             assert process.poll() is None, log.read_text()[-3000:]
             assert time.monotonic() < deadline, log.read_text()[-3000:]
-            # Proxies hold a request back while the replica starts.
-            with suppress(requests.ConnectionError, requests.Timeout):
+            with suppress(requests.ConnectionError, requests.Timeout):  # a busy machine is slow at first
                 if requests.get(service.url + "/ready", timeout=5).status_code == 200:
                     break
             time.sleep(0.2)

@@ -27,8 +27,8 @@ from pipeline.batch_folder import BatchFolder, Results
 from pipeline.errors import InvalidRequest
 from pipeline.frames import check_video
 from tests.conftest import ROOT
+from tests.free_ports import free_port
 from tests.s3_server import KEY, SECRET, running_s3
-from tests.service_process import free_port
 
 SpeechOf = Callable[[int], Path]
 ProcessesWith = Callable[[str], list[int]]

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,51 +14,6 @@ from pipeline import job_index, job_records
 from pipeline.errors import JobConflict, JobNotFound, QueueFull
 from pipeline.job_index import JobIndex
 from pipeline.job_records import NewJob
-from tests.free_ports import free_port
-
-POSTGRES = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[str]:
-    """A PostgreSQL server of our own."""
-    if not POSTGRES:
-        pytest.skip("no PostgreSQL here: apt-get install postgresql")
-    # Not pytest's folder, which nobody else may enter: PostgreSQL refuses root.
-    with tempfile.TemporaryDirectory(prefix="postgres-") as folder:
-        yield from _postgres_server(Path(folder))
-
-
-def _postgres_server(folder: Path) -> Iterator[str]:
-    port = free_port()
-    as_user = []
-    if os.geteuid() == 0:
-        shutil.chown(folder, "postgres")
-        as_user = ["runuser", "-u", "postgres", "--"]
-    tools = POSTGRES[-1].parent
-    data = folder / "data"
-    subprocess.run(
-        [*as_user, tools / "initdb", "-D", data, "-U", "jobs", "-A", "trust", "--no-sync"],
-        check=True,
-        capture_output=True,
-        cwd=folder,
-    )
-    server = subprocess.Popen(
-        [*as_user, tools / "postgres", "-D", data, "-p", str(port), "-h", "127.0.0.1", "-k", str(folder)],
-        cwd=folder,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    for _ in range(200):
-        ready = subprocess.run(
-            [tools / "pg_isready", "-h", "127.0.0.1", "-p", str(port)], capture_output=True
-        )
-        if ready.returncode == 0:
-            break
-        time.sleep(0.05)
-    yield f"postgresql+psycopg://jobs@127.0.0.1:{port}/postgres"
-    server.terminate()
-    server.wait()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -94,7 +45,7 @@ def test_higher_priority_goes_first_then_age(index: JobIndex) -> None:
     first = index.add(new(), 10)[0]
     second = index.add(new(), 10)[0]
     urgent = index.add(new(priority=5), 10)[0]
-    assert [index.ahead(job) for job in (first, second, urgent)] == [1, 2, 0]
+    assert [index.standing(job.id).ahead for job in (first, second, urgent)] == [1, 2, 0]
     claimed = [index.claim("a") for _ in range(4)]
     assert [job and job.id for job in claimed] == [urgent.id, first.id, second.id, None]
 

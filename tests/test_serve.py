@@ -23,6 +23,7 @@ import runpod
 
 from pipeline.frames import check_video
 from tests.conftest import ROOT
+from tests.metrics_page import Samples, key, until
 from tests.service_process import HEADERS, Service, kill_all, running_service
 
 
@@ -210,6 +211,34 @@ def test_the_openai_sdk_runs_unmodified(
         client.videos.create(prompt="hello")
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=service.url + "/v1", api_key="nobody", max_retries=0).videos.list()
+
+
+def test_the_service_is_counted(service: Service, speech_of: Callable[[int], Path]) -> None:
+    """Jobs, GPUs and requests of the running service are on the metrics page."""
+    job = service.submit(20, speech_of)
+    assert service.until_over(job)["state"] == "completed"
+    service.get("/v1/jobs/nobody")
+    service.get("/no/such/path")
+    counted = "http_answer_seconds_count"
+
+    def whole(found: Samples) -> bool:
+        routes = {dict(labels).get("route") for name, labels in found if name == counted}
+        ended = found.get(key("job_seconds_count", outcome="completed"), 0)
+        gauges = found.get(key("jobs", state="completed"), 0) and found.get(key("stored_bytes"), 0)
+        return {"/v1/jobs", "other"} <= routes and ended >= 1 and gauges
+
+    found = until(service.metrics, whole)
+    statuses = {
+        (labels["route"], labels["method"], labels["status"])
+        for labels in (dict(labels) for name, labels in found if name == counted)
+    }
+    assert ("/v1/jobs", "POST", "202") in statuses
+    assert {("/v1/jobs/{job}", "GET", "200"), ("/v1/jobs/{job}", "GET", "404")} <= statuses
+    assert ("other", "GET", "404") in statuses
+    sent = (ROOT / "examples" / "portrait.png").stat().st_size
+    assert found[key("http_received_bytes_total", route="/v1/jobs")] > sent
+    assert found[key("gpus", state="ready")] == 2
+    assert found[key("jobs", state="queued")] == 0
 
 
 def test_cancelling_frees_the_engines(service: Service, speech_of: Callable[[int], Path]) -> None:
