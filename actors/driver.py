@@ -100,6 +100,7 @@ def render(
             max_attempts=settings.max_attempts,
             on_progress=on_progress,
             make_plan=make_plan,
+            watched=job_dir is not None,
         )
     except (PipelineError, KeyboardInterrupt) as error:
         if job.has_segments:

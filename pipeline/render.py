@@ -19,6 +19,7 @@ from typing import TypeVar
 from pipeline.checkpoints import KeptWindows, missing_segments
 from pipeline.dispatch import Renderers, render_all
 from pipeline.engine import EngineKind
+from pipeline.front import Front, Joining
 from pipeline.job import JobDirectory, storage_errors
 from pipeline.messages import NodeRuns, RendererInfo, SegmentProgress, SegmentTask
 from pipeline.plan import Plan, Segment, calculate_segments, chain_segments
@@ -48,9 +49,11 @@ def render_video(
     max_attempts: int,
     on_progress: OnProgress,
     make_plan: Callable[[int, int], Plan] | None = None,
+    watched: bool = False,
 ) -> RenderResult:
     """Make one video; called again with the same job, it goes on with what is missing.
 
+    ``watched``: its finished front can be played meanwhile (``JobDirectory.stream``), and afterwards.
     ``make_plan(total_frames, gpu_count)`` replaces the planner (the bench's baseline does).
     Raises ``PipelineError``; what is finished stays in the job directory.
     """
@@ -62,9 +65,14 @@ def render_video(
         with storage_errors(job.work):
             job.work.mkdir(exist_ok=True)
         clock.lap("prepare")
-        with _in_background(partial(prepared.make_sound, job.work / "sound.mp4")) as track:
-            # The whole track is encoded while the GPUs render.
-            def watched(progress: JobProgress) -> None:
+        speech = tuple(track.path for track in prepared.speech)
+        joining = Joining(request.seam, speech, watched)
+        with (
+            _in_background(partial(prepared.make_sound, job.work / "sound.mp4")) as track,
+            Front(job, joining, track) as front,
+        ):
+            # The whole track is encoded, and seams are joined, while the GPUs render.
+            def seen(progress: JobProgress) -> None:
                 if track.done():
                     track.result()  # its error is told now, not after the last window
                 on_progress(progress)
@@ -73,6 +81,7 @@ def render_video(
             missing = None if known is None else missing_segments(job, known)
             if known is not None and not missing:
                 plan, done = known, _Done({segment.gpu for segment in known.segments})
+                front.follow(plan)
             else:
                 on_progress(JobProgress(job.name, "starting"))
                 with open_renderers() as renderers:
@@ -85,6 +94,7 @@ def render_video(
                         job.write_json(job.plan, plan.to_json())
                         missing = missing_segments(job, plan)
                     _log_plan(plan, job)
+                    front.follow(plan)
                     if request.continuity == "exact":
                         _log_exact(plan, len(infos), job)
                     recipe = prepared.recipe(request, job.name, workflow, plan)
@@ -93,12 +103,18 @@ def render_video(
                         return prepared.task(recipe, plan, segment, attempt, kept.count, kept.motion)
 
                     done = _render_missing(
-                        job, plan, missing, task_for, renderers, len(infos), max_attempts, watched
+                        job, plan, missing, task_for, renderers, len(infos), max_attempts, seen, front.look
                     )
                     clock.lap("render")
-            on_progress(JobProgress(job.name, "joining", 0, _states(plan, job, {}, {})))
+
+            def joining_still() -> None:
+                on_progress(JobProgress(job.name, "joining", 0, states))
+
+            states = _states(plan, job, {}, {})
+            joining_still()
             files = [SegmentFiles.in_folder(job.segment(segment.index)) for segment in plan.segments]
             shown = prepared.frames_at(request.fps)
+            front.settle(joining_still)
             seams = stitch(
                 plan,
                 files,
@@ -108,8 +124,11 @@ def render_video(
                 fps=request.fps,
                 shown=shown,
                 seam=request.seam,
-                speech=[track.path for track in prepared.speech],
+                speech=speech,
+                seams=job.seams,
+                tick=joining_still,
             )
+            front.finish(plan)
         clock.lap("join")
         result = RenderResult(
             job=job.name,
@@ -188,8 +207,9 @@ def _render_missing(
     lanes: int,
     max_attempts: int,
     on_progress: OnProgress,
+    on_kept: Callable[[], None],
 ) -> _Done:
-    """Render what is not there yet, storing each window as it comes."""
+    """Render what is not there yet, storing each window as it comes; ``on_kept`` hears of it."""
     seconds: dict[int, tuple[float, ...]] = {}
     done = _Done()
 
@@ -200,6 +220,7 @@ def _render_missing(
             if index in running and running[index].windows_done > kept.count:
                 for window in renderers.windows(lane, index, kept.count):
                     kept.keep(window)
+                on_kept()
         states = _states(plan, job, on_lanes, running, seconds, missing)
         on_progress(JobProgress(job.name, "rendering", lanes, states))
 
@@ -219,6 +240,7 @@ def _render_missing(
     for rendered in render_all(todo, next_task, renderers, max_attempts, tick):
         for window in rendered.windows:
             missing[rendered.index].keep(window)
+        on_kept()
         seconds[rendered.index] = seconds.get(rendered.index, ()) + rendered.window_seconds
         done.lanes.add(rendered.lane)
         for name, runs in rendered.nodes.items():
@@ -226,6 +248,7 @@ def _render_missing(
         if rendered.left:
             continue
         missing[rendered.index].become_segment()
+        on_kept()
         log.info(
             "segment %d processed successfully",
             rendered.index,

@@ -6,6 +6,7 @@ How a seam is made is ``kept_seams``' business, how ffmpeg is called ``ffmpeg``'
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import tempfile
@@ -51,7 +52,7 @@ def stitch(
     ``seam`` says how; ``speech`` are the speakers' prepared tracks: seams look for a pause in all of them.
     Those that are in the folder ``seams`` already are taken from there, the others are kept there.
     At another rate than 25 ``fps`` the result has ``shown`` frames and is encoded once more.
-    ``tick`` is called now and then; what it raises ends the work.
+    ``tick`` is called now and then while frames are counted; what it raises ends the work.
     Raises ``MediaError``, ``StorageError``.
     """
     _check(plan, segments)
@@ -63,12 +64,12 @@ def stitch(
             made = _seams(all_joints, seams or folder, workers or seam_workers())
             parts = video_parts(segments, made)
             _join(parts, track, partial, folder, fps, shown)
-            tick()
-            seen = seam_metrics.ClipMoves()
+            seen, count = seam_metrics.ClipMoves(), itertools.count()
 
             def watch(luma: npt.NDArray[np.uint8]) -> None:
                 seen.add(luma)
-                tick()
+                if next(count) % FPS == 0:
+                    tick()
 
             check_video(partial, plan.total_frames if shown is None else shown, fps, watch)
             partial.replace(target)
