@@ -38,7 +38,7 @@ LONGEST_SECONDS = FINAL.options["g"] // FPS
 AAC_SAMPLES = 1024
 """Of a packet of AAC-LC."""
 
-NAME = re.compile(r"(init-[0-9a-f]{16}\.mp4|[0-9]{7}-[0-9a-f]{16}\.m4s)")
+NAME = re.compile(r"init-[0-9a-f]{16}\.mp4|[0-9]{7}-[0-9a-f]{16}\.m4s")
 """What the files beside a playlist are called."""
 
 

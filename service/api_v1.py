@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
@@ -52,6 +52,8 @@ class JobView(BaseModel):
     error: dict[str, Any] | None
     result: dict[str, Any] | None
     video: str | None = Field(description="where the mp4 is; signed for some hours where tokens are used")
+    stream: str | None = Field(description="HLS of what is finished, once there is any; signed like `video`")
+    seams: str | None = Field(description="a picture of the seams, once the video has some; signed likewise")
 
 
 class JobPage(BaseModel):
@@ -110,7 +112,11 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 def view(job: Job, request: Request) -> JobView:
     """The job for a client."""
     store = store_of(request)
-    path = request.app.url_path_for("read_video", job=job.id)
+
+    def link(name: str, there: bool) -> str | None:
+        signed: Callable[[str], str] = request.app.state.tokens.signed
+        return signed(request.app.url_path_for(name, job=job.id)) if there else None
+
     return JobView(
         id=job.id,
         state=job.state,
@@ -126,7 +132,9 @@ def view(job: Job, request: Request) -> JobView:
         detail=job.detail,
         error=job.error,
         result=job.result and {name: value for name, value in job.result.items() if name != "video_path"},
-        video=request.app.state.tokens.signed(path) if job.result is not None else None,
+        video=link("read_video", job.result is not None),
+        stream=link("read_stream", store.playlist(job.id).exists()),
+        seams=link("read_seams", bool(job.result and job.result.get("seams"))),
     )
 
 
@@ -139,6 +147,18 @@ def own_job(job: str, store: Store, owner: Owner) -> Job:
 
 
 OwnJob = Annotated[Job, Depends(own_job)]
+
+
+def linked_job(job: str, request: Request, store: Store) -> Job:
+    """A job of the caller's, or one that the caller has a signed link for."""
+    owner = owner_or_link(request)
+    found = store.index.get(job)
+    if owner is not None and found.owner != owner:
+        raise JobNotFound(job)
+    return found
+
+
+LinkedJob = Annotated[Job, Depends(linked_job)]
 
 
 def _body_schema() -> dict[str, Any]:
@@ -296,22 +316,17 @@ def delete(job: OwnJob, store: Store) -> None:
 )
 @router.head("/jobs/{job}/video", include_in_schema=False)
 async def read_video(
-    job: str,
-    request: Request,
+    job: LinkedJob,
     store: Store,
     encoding: Annotated[Literal["base64"] | None, Query()] = None,
 ) -> Response:
     """The mp4, with Range and ETag; with `encoding=base64`, as JSON."""
-    owner = owner_or_link(request)
-    found = await asyncio.to_thread(store.index.get, job)
-    if owner is not None and found.owner != owner:
-        raise JobNotFound(job)
-    path = store.result(found)
+    path = store.result(job)
     if encoding == "base64":
         content = await asyncio.to_thread(lambda: base64.b64encode(path.read_bytes()).decode())
-        return JSONResponse({"id": job, "video_base64": content})
+        return JSONResponse({"id": job.id, "video_base64": content})
     return FileResponse(
-        path, media_type="video/mp4", filename=f"{job}.mp4", content_disposition_type="inline"
+        path, media_type="video/mp4", filename=f"{job.id}.mp4", content_disposition_type="inline"
     )
 
 

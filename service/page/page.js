@@ -1,10 +1,13 @@
 // The page: sends jobs to /v1/jobs, follows one by its events, and shows what the API says.  No library, no build.
 
+import { StreamPlayer } from "./stream.js";
+
 const $ = (id) => document.getElementById(id);
 const OVER = ["completed", "failed", "cancelled"];
 let current = null;
 let listening = null;
-let shown = null;
+let shown = null; // which video is in the player
+let player = null;
 
 $("token").value = localStorage.getItem("token") ?? "";
 $("token").addEventListener("change", () => { localStorage.setItem("token", $("token").value); refresh(); });
@@ -67,12 +70,11 @@ function row(job) {
 
 async function open(id) {
   current = id;
-  shown = null;
+  unload();
   listening?.abort();
   listening = new AbortController();
   $("job").hidden = false;
   $("log").replaceChildren();
-  $("video").removeAttribute("src");
   await show(id);
   $("job-title").focus();
   follow(id, listening.signal);
@@ -89,13 +91,7 @@ async function show(id) {
   $("cancel").hidden = over;
   $("retry").hidden = !["failed", "cancelled"].includes(job.state);
   lanes(job);
-  const video = job.video?.replace(/^\//, "");
-  $("download").hidden = $("video").hidden = !video;
-  if (video && shown !== job.finished) {
-    shown = job.finished;
-    $("download").href = video;
-    $("video").src = video;
-  }
+  watch(job);
   const seams = job.result?.seams ?? [];
   $("seams").hidden = seams.length === 0;
   $("seams").tBodies[0].replaceChildren(...seams.map((seam) => {
@@ -109,6 +105,47 @@ async function show(id) {
     return line;
   }));
   return job;
+}
+
+// Addresses of the API, from where the page is.
+const local = (address) => address?.replace(/^\//, "");
+
+function unload() {
+  player?.stop();
+  player = shown = null;
+  $("video").removeAttribute("src");
+  $("video").load();
+  $("front").textContent = "";
+  $("picture").open = false;
+  $("seams-picture").removeAttribute("src");
+}
+
+// The final video when it is there, before that what is finished of it; who watches goes on at the same place.
+function watch(job) {
+  const video = $("video");
+  $("download").hidden = !job.video;
+  $("player").hidden = !job.video && !job.stream;
+  $("picture").hidden = !job.seams;
+  const wanted = job.video ? `video ${job.finished}` : job.stream && `stream ${job.id}`;
+  const again = job.video && !job.finished && shown?.startsWith("video"); // a redo: the old one stays until the end
+  if (!wanted || wanted === shown || again) return;
+  const [at, plays] = [video.currentTime, !video.paused && !video.ended];
+  unload();
+  shown = wanted;
+  if (job.video) {
+    $("download").href = video.src = local(job.video);
+    $("seams-picture").dataset.src = local(job.seams) ?? "";
+    if (at) video.currentTime = at;
+    if (plays) video.play().catch(() => {}); // a browser may forbid it; the button is there
+    return;
+  }
+  const last = job.detail.segments?.at(-1);
+  const total = last ? (last.first_frame + last.frames) / 25 : null;
+  player = new StreamPlayer(video, local(job.stream), total, (finished, error) => {
+    $("front").textContent = error
+      ? `Preview: ${error.message}; trying again`
+      : `Preview: ${clock(finished)}${total ? ` of ${clock(total)}` : ""} can be watched already`;
+  });
 }
 
 function lanes(job) {
@@ -192,6 +229,11 @@ async function act(verb) {
     $("summary").textContent = error.message;
   }
 }
+// Drawing it takes the server a while: only for who wants to see it.
+$("picture").addEventListener("toggle", () => {
+  const picture = $("seams-picture");
+  if ($("picture").open && picture.dataset.src) picture.src = picture.dataset.src;
+});
 $("cancel").addEventListener("click", () => act("cancel"));
 $("retry").addEventListener("click", () => act("retry"));
 
