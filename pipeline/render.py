@@ -110,7 +110,7 @@ def render_video(
             def joining_still() -> None:
                 on_progress(JobProgress(job.name, "joining", 0, states))
 
-            states = _states(plan, job, {}, {})
+            states = _states(plan, job, {}, {}, on=done.on)
             joining_still()
             files = [SegmentFiles.in_folder(job.segment(segment.index)) for segment in plan.segments]
             shown = prepared.frames_at(request.fps)
@@ -156,7 +156,7 @@ def render_video(
                 "output": str(target),
             },
         )
-        on_progress(JobProgress(job.name, "finished", 0, _states(plan, job, {}, {})))
+        on_progress(JobProgress(job.name, "finished", 0, states))
         return result
 
 
@@ -221,7 +221,7 @@ def _render_missing(
                 for window in renderers.windows(lane, index, kept.count):
                     kept.keep(window)
                 on_kept()
-        states = _states(plan, job, on_lanes, running, seconds, missing)
+        states = _states(plan, job, on_lanes, running, seconds, missing, done.on)
         on_progress(JobProgress(job.name, "rendering", lanes, states))
 
     def next_task(segment: Segment, attempt: int) -> SegmentTask:
@@ -248,6 +248,7 @@ def _render_missing(
         if rendered.left:
             continue
         missing[rendered.index].become_segment()
+        done.on[rendered.index] = rendered.lane
         on_kept()
         log.info(
             "segment %d processed successfully",
@@ -268,6 +269,8 @@ class _Done:
     """What the renderers did for this start of a job."""
 
     lanes: set[int] = field(default_factory=set)
+    on: dict[int, int] = field(default_factory=dict)
+    """The lane of each segment that was finished."""
     nodes: dict[str, NodeRuns] = field(default_factory=dict)
 
 
@@ -278,6 +281,7 @@ def _states(
     running: dict[int, SegmentProgress],
     seconds: dict[int, tuple[float, ...]] | None = None,
     missing: dict[int, KeptWindows] | None = None,
+    on: dict[int, int] | None = None,
 ) -> tuple[SegmentState, ...]:
     states = []
     for segment in plan.segments:
@@ -285,7 +289,8 @@ def _states(
         times = (seconds or {}).get(index, ())
         count = missing[index].count if missing and index in missing else 0
         if job.segment(index).exists():
-            state = SegmentState(segment, "finished", None, len(segment.windows), 0.0, times)
+            lane = (on or {}).get(index)  # not known of an earlier start
+            state = SegmentState(segment, "finished", lane, len(segment.windows), 0.0, times)
         elif index in lanes:
             seen = running.get(index, SegmentProgress(index, count, 0.0, ()))
             times += seen.window_seconds

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
@@ -112,11 +112,8 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 def view(job: Job, request: Request) -> JobView:
     """The job for a client."""
     store = store_of(request)
-
-    def link(name: str, there: bool) -> str | None:
-        signed: Callable[[str], str] = request.app.state.tokens.signed
-        return signed(request.app.url_path_for(name, job=job.id)) if there else None
-
+    path = request.app.url_path_for("read_video", job=job.id)
+    signed, own = request.app.state.tokens.signed, f"/v1/jobs/{job.id}"
     return JobView(
         id=job.id,
         state=job.state,
@@ -132,9 +129,9 @@ def view(job: Job, request: Request) -> JobView:
         detail=job.detail,
         error=job.error,
         result=job.result and {name: value for name, value in job.result.items() if name != "video_path"},
-        video=link("read_video", job.result is not None),
-        stream=link("read_stream", store.playlist(job.id).exists()),
-        seams=link("read_seams", bool(job.result and job.result.get("seams"))),
+        video=request.app.state.tokens.signed(path) if job.result is not None else None,
+        stream=signed(f"{own}/stream.m3u8") if store.playlist(job.id).exists() else None,
+        seams=signed(f"{own}/seams.png") if (job.result or {}).get("seams") else None,
     )
 
 

@@ -27,6 +27,11 @@ function clock(seconds) {
   return `${Math.floor(whole / 60)}:${String(whole % 60).padStart(2, "0")}`;
 }
 
+// Live regions are read out whenever they are set: only for what is new.
+function say(id, text) {
+  if ($(id).textContent !== text) $(id).textContent = text;
+}
+
 function words(job) {
   if (job.state === "queued") return job.position ? `waiting, ${job.position} before it` : "next in the queue";
   if (job.state === "failed") return `failed: ${job.error?.message ?? ""}`;
@@ -39,14 +44,17 @@ function words(job) {
 async function refresh() {
   try {
     const ready = await fetch("ready").then((answer) => answer.json());
-    $("readiness").textContent = ready.ready
+    const state = ready.ready
       ? `${ready.gpus} GPU${ready.gpus === 1 ? "" : "s"}, ${ready.in_progress} in work, ${ready.queued} waiting`
       : `not ready: ${ready.reasons.join("; ")}`;
     const page = await ask("v1/jobs?limit=20");
     $("none").hidden = page.jobs.length > 0;
+    const focused = document.activeElement?.dataset.job; // by who uses the keyboard
     $("jobs").replaceChildren(...page.jobs.map(row));
+    $("jobs").querySelector(`[data-job="${focused}"]`)?.focus();
+    say("readiness", state);
   } catch (error) {
-    $("readiness").textContent = error.message;
+    say("readiness", error.message);
   }
 }
 
@@ -54,6 +62,7 @@ function row(job) {
   const item = document.createElement("li");
   const button = document.createElement("button");
   button.type = "button";
+  button.dataset.job = job.id;
   button.setAttribute("aria-current", String(job.id === current));
   const when = document.createElement("span");
   when.textContent = new Date(job.created * 1000).toLocaleTimeString();
@@ -87,6 +96,7 @@ async function show(id) {
   $("job-title").textContent = `Job ${id.slice(0, 8)}`;
   $("summary").textContent = words(job);
   $("summary").className = job.state;
+  say("said", OVER.includes(job.state) ? words(job) : job.stage);
   $("bar").value = job.progress;
   $("cancel").hidden = over;
   $("retry").hidden = !["failed", "cancelled"].includes(job.state);
@@ -94,7 +104,7 @@ async function show(id) {
   watch(job);
   const seams = job.result?.seams ?? [];
   $("seams").hidden = seams.length === 0;
-  $("seams").tBodies[0].replaceChildren(...seams.map((seam) => {
+  $("seams").querySelector("tbody").replaceChildren(...seams.map((seam) => {
     const line = document.createElement("tr");
     for (const value of [seam.frame, seam.method, seam.jump, seam.natural, seam.colour_step, seam.verdict]) {
       const cell = document.createElement("td");
@@ -148,39 +158,47 @@ function watch(job) {
   });
 }
 
+// A row for each GPU, by number, then what waits, then what an earlier start of the job has finished.
 function lanes(job) {
-  const byLane = new Map();
+  const rows = new Map();
   for (const segment of job.detail.segments ?? []) {
-    const lane = segment.gpu === null ? (segment.stage === "finished" ? "done" : "waiting") : `GPU ${segment.gpu}`;
-    byLane.set(lane, [...(byLane.get(lane) ?? []), segment]);
+    const row = segment.gpu ?? (segment.stage === "finished" ? Infinity : Number.MAX_VALUE);
+    rows.set(row, [...(rows.get(row) ?? []), segment]);
   }
-  $("lanes").replaceChildren(...[...byLane].sort().map(([name, segments]) => {
+  $("lanes").replaceChildren(...[...rows].sort(([a], [b]) => a - b).map(([row, segments]) => {
     const lane = document.createElement("div");
     lane.className = "lane";
     const label = document.createElement("strong");
-    label.textContent = name;
+    label.textContent = { [Infinity]: "done", [Number.MAX_VALUE]: "waiting" }[row] ?? `GPU ${row}`;
     const parts = document.createElement("div");
     parts.className = "parts";
-    for (const segment of segments) {
-      const part = document.createElement("span");
-      part.className = "part";
-      part.setAttribute("role", "img");
-      part.setAttribute("aria-label", `segment ${segment.index}: ${segment.windows_done} of ${segment.windows} windows`);
-      part.title = `segment ${segment.index}, frames ${segment.first_frame} to ${segment.first_frame + segment.frames}`;
-      for (let window = 0; window < segment.windows; window += 1) {
-        const box = document.createElement("i");
-        if (window < segment.windows_done) box.className = "done";
-        else if (window === segment.windows_done && segment.stage === "rendering") {
-          box.className = "now";
-          box.style.setProperty("--share", `${100 * segment.fraction}%`);
-        }
-        part.append(box);
-      }
-      parts.append(part);
-    }
+    parts.append(...segments.map(part));
     lane.append(label, parts);
     return lane;
   }));
+}
+
+// A segment: a box for each of its windows.
+function part(segment) {
+  const box = document.createElement("span");
+  box.className = "part";
+  box.setAttribute("role", "img");
+  const [done, all] = [segment.windows_done, segment.windows];
+  box.setAttribute("aria-label", `segment ${segment.index}: ${done} of ${all} windows`);
+  box.title = `segment ${segment.index}, frames ${segment.first_frame} to ${segment.first_frame + segment.frames}`;
+  const name = document.createElement("span");
+  name.textContent = `segment ${segment.index}`;
+  box.append(name);
+  for (let window = 0; window < all; window += 1) {
+    const bar = document.createElement("i");
+    if (window < done) bar.className = "done";
+    else if (window === done && segment.stage === "rendering") {
+      bar.className = "now";
+      bar.style.setProperty("--share", `${100 * segment.fraction}%`);
+    }
+    box.append(bar);
+  }
+  return box;
 }
 
 // Server-sent events by hand: EventSource can't send the token.
@@ -297,6 +315,8 @@ form.addEventListener("change", () => {
     $("preview").src = URL.createObjectURL(picture);
   }
 });
+
+$("preview").addEventListener("error", () => { $("stage").hidden = true; }); // no picture: the server says so
 
 // Boxes are drawn on the preview, and are pixels of the picture itself.
 let from = null;
