@@ -107,13 +107,21 @@ def test_the_front_plays_while_the_rest_renders(
     assert at[0] >= 1
     assert at[1:] == [36, True, "blob:"]
     expect(page.locator("#summary")).to_contain_text("done: 900 frames", timeout=WAIT)
-    page.wait_for_function("video.currentSrc.includes('/video') && video.readyState >= 2", timeout=WAIT)
-    after = page.evaluate("[video.currentTime, video.paused, video.error]")
+    after = page.evaluate(
+        """async () => {
+            const video = document.getElementById("video");
+            while (!video.currentSrc.includes("/video") || video.readyState < 2)
+                await new Promise((done) => setTimeout(done, 50));
+            return [video.currentTime, video.paused, video.error];
+        }"""
+    )
     assert after[0] >= at[0]
     assert after[1:] == [False, None]
     assert page.locator("#front").text_content() == ""
     page.get_by_text("Picture of the seams").click()
-    page.wait_for_function("document.getElementById('seams-picture').naturalWidth > 500", timeout=WAIT)
+    picture = page.locator("#seams-picture")
+    expect(picture).to_have_js_property("complete", True, timeout=WAIT)
+    assert picture.evaluate("image => image.naturalWidth") > 500
 
 
 def test_a_job_is_cancelled_and_errors_are_told(page: Page, speech_of: Callable[[int], Path]) -> None:
