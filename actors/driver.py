@@ -113,6 +113,7 @@ def render(
             on_progress=on_progress,
             make_plan=make_plan,
             separator=VocalSeparator.configured(settings),
+            watched=job_dir is not None,
         )
     except (PipelineError, KeyboardInterrupt) as error:
         if job.has_segments or (job.voice.exists() and not isinstance(error, InvalidRequest)):

@@ -36,7 +36,7 @@ def read_part(path: Path, first: int, stop: int, fps: int = FPS) -> Iterator[Fra
 
     Fewer where the video ends earlier.  Raises ``MediaError``.
     """
-    with _media_errors(path), av.open(str(path)) as container:
+    with media_errors(path), av.open(str(path)) as container:
         stream = container.streams.video[0]
         assert stream.time_base is not None
         container.seek(round(first / fps / stream.time_base), stream=stream)
@@ -93,12 +93,12 @@ def check_video(
 
 def stream_header(path: Path) -> bytes:
     """H.264's parameter sets; files that have equal ones join by copy.  Raises ``MediaError``."""
-    with _media_errors(path), av.open(str(path)) as container:
+    with media_errors(path), av.open(str(path)) as container:
         return bytes(container.streams.video[0].codec_context.extradata or b"")
 
 
 def _decode(path: Path) -> Iterator[av.VideoFrame]:
-    with _media_errors(path), av.open(str(path)) as container:
+    with media_errors(path), av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         stream.codec_context.thread_count = _THREADS
@@ -106,7 +106,8 @@ def _decode(path: Path) -> Iterator[av.VideoFrame]:
 
 
 @contextlib.contextmanager
-def _media_errors(path: Path) -> Iterator[None]:
+def media_errors(path: Path) -> Iterator[None]:
+    """Turn what PyAV says of a file of ours into ``MediaError``."""
     try:
         yield
     except (av.error.FFmpegError, IndexError) as error:

@@ -11,6 +11,8 @@
     segments/0003.windows/  while it is not finished, its windows
         000012/             a finished window; a folder that exists is complete
         000012.motion       the frames that the next window continues, behind their SHA-256
+    seams/                  the seams that are made (``kept_seams``)
+    stream/                 what can be watched before the end (``stream``)
     result.json             the end
 
 Files appear under their names only when they are whole.  Nobody else joins paths.
@@ -74,6 +76,16 @@ class JobDirectory:
     @property
     def result(self) -> Path:
         return self.path / "result.json"
+
+    @property
+    def seams(self) -> Path:
+        """The folder of the seams that are made."""
+        return self.path / "seams"
+
+    @property
+    def stream(self) -> Path:
+        """The folder of the finished front of the video, for players."""
+        return self.path / "stream"
 
     @property
     def work(self) -> Path:
@@ -184,8 +196,9 @@ class JobDirectory:
         return any(self.path.glob("segments/[0-9]*"))
 
     def forget_segments(self) -> None:
-        """Delete all finished segments and windows."""
-        shutil.rmtree(self.path / "segments", ignore_errors=True)
+        """Delete all finished segments and windows, and what was made of them."""
+        for folder in (self.path / "segments", self.seams, self.stream):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def remove(self) -> None:
         """Delete the job, and its parent when nothing else is in it."""

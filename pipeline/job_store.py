@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.errors import JobConflict
-from pipeline.job import storage_errors
+from pipeline.job import JobDirectory, storage_errors
 from pipeline.job_index import JobIndex
 from pipeline.job_records import Job, NewJob
 from pipeline.service_settings import ServiceSettings
+from pipeline.stream import PLAYLIST
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,10 @@ class JobStore:
     def work(self, job: str) -> Path:
         """The job directory."""
         return self.job(job) / "work"
+
+    def playlist(self, job: str) -> Path:
+        """Of what can be watched before the end; it exists when there is something, its pieces beside it."""
+        return JobDirectory(self.work(job)).stream / PLAYLIST
 
     def video(self, job: str) -> Path:
         """The result; it exists when it is whole."""

@@ -11,6 +11,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, Literal
 from pipeline.checkpoints import KeptWindows
 from pipeline.dispatch import Held, Renderers, render_all
 from pipeline.errors import InvalidRequest, MediaError
+from pipeline.front import Front, Joining
 from pipeline.job import JobDirectory, finished, storage_errors
 from pipeline.messages import SegmentProgress, SegmentTask
 from pipeline.plan import Plan, Segment
@@ -126,16 +128,20 @@ def redo(
             on_progress(JobProgress(job.name, "joining", 0, _states(plan, {})))
             folders = [new if part.index == index else job.segment(part.index) for part in plan.segments]
             video = job.work / "again.mp4"
+            track: Future[tuple[Path, int]] = Future()
+            track.set_result(prepared.make_sound(job.work / "sound.mp4"))
+            speech = tuple(spoken.path for spoken in prepared.speech)
             after = stitch(
                 plan,
                 [SegmentFiles.in_folder(folder) for folder in folders],
-                prepared.make_sound(job.work / "sound.mp4"),
+                track.result(),
                 video,
                 job.work,
                 fps=request.fps,
                 shown=prepared.frames_at(request.fps),
                 seam=request.seam,
-                speech=[track.path for track in prepared.speech],
+                speech=speech,
+                seams=job.seams,
             )
             touched = [k for k in (index - 1, index) if 0 <= k < len(reports)]
             changes = tuple(SeamChange(k, reports[k], after[k]) for k in touched)
@@ -147,6 +153,9 @@ def redo(
                 _adopt(job, index, number, video, {**result, "seams": [asdict(report) for report in after]})
                 chosen = True
                 shutil.rmtree(old, ignore_errors=True)
+            # Players get the takes that count, whichever these are.
+            with Front(job, Joining(request.seam, speech, watched=job.stream.exists()), track) as front:
+                front.finish(plan)
         finally:
             if not chosen and number != job.takes().get(index, 0):
                 _forget(new)

@@ -19,6 +19,7 @@ from typing import TypeVar
 from pipeline.checkpoints import KeptWindows, missing_segments
 from pipeline.dispatch import Held, Renderers, render_all
 from pipeline.engine import EngineKind
+from pipeline.front import Front, Joining
 from pipeline.job import JobDirectory, storage_errors
 from pipeline.messages import NodeRuns, RendererInfo, SegmentProgress, SegmentTask
 from pipeline.plan import Plan, Segment, calculate_segments, chain_segments, latents
@@ -54,9 +55,11 @@ def render_video(
     on_progress: OnProgress,
     make_plan: Callable[[int, int], Plan] | None = None,
     separator: VocalSeparator | None = None,
+    watched: bool = False,
 ) -> RenderResult:
     """Make one video; called again with the same job, it goes on with what is missing.
 
+    ``watched``: its finished front can be played meanwhile (``JobDirectory.stream``), and afterwards.
     ``make_plan(total_frames, gpu_count)`` replaces the planner (the bench's baseline does).
     ``separator``: for a request that wants the vocals separated.
     Raises ``PipelineError``; what is finished stays in the job directory.
@@ -70,9 +73,14 @@ def render_video(
         with storage_errors(job.work):
             job.work.mkdir(exist_ok=True)
         clock.lap("prepare")
-        with _in_background(partial(prepared.make_sound, job.work / "sound.mp4")) as track:
-            # The whole track is encoded while the GPUs render.
-            def watched(progress: JobProgress) -> None:
+        speech = tuple(track.path for track in prepared.speech)
+        joining = Joining(request.seam, speech, watched)
+        with (
+            _in_background(partial(prepared.make_sound, job.work / "sound.mp4")) as track,
+            Front(job, joining, track) as front,
+        ):
+            # The whole track is encoded, and seams are joined, while the GPUs render.
+            def seen(progress: JobProgress) -> None:
                 if track.done():
                     track.result()  # its error is told now, not after the last window
                 on_progress(progress)
@@ -81,6 +89,7 @@ def render_video(
             missing = None if known is None else missing_segments(job, known)
             if known is not None and not missing:
                 plan, done = known, _Done({segment.gpu for segment in known.segments})
+                front.follow(plan)
             else:
                 on_progress(JobProgress(job.name, "starting"))
                 with open_renderers() as renderers:
@@ -93,6 +102,7 @@ def render_video(
                         job.write_json(job.plan, plan.to_json())
                         missing = missing_segments(job, plan)
                     _log_plan(plan, job, infos)
+                    front.follow(plan)
                     if request.continuity == "exact":
                         _log_exact(plan, len(infos), job)
                     recipe = prepared.recipe(request, job.name, workflow, plan)
@@ -101,12 +111,18 @@ def render_video(
                         return prepared.task(recipe, plan, segment, attempt, kept.count, kept.motion)
 
                     done = _render_missing(
-                        job, plan, missing, task_for, renderers, infos, max_attempts, watched
+                        job, plan, missing, task_for, renderers, infos, max_attempts, seen, front.look
                     )
                     clock.lap("render")
-            on_progress(JobProgress(job.name, "joining", 0, _states(plan, job, {}, {})))
+
+            def joining_still() -> None:
+                on_progress(JobProgress(job.name, "joining", 0, states))
+
+            states = _states(plan, job, {}, {}, on=done.on)
+            joining_still()
             files = [SegmentFiles.in_folder(job.segment(segment.index)) for segment in plan.segments]
             shown = prepared.frames_at(request.fps)
+            front.settle(joining_still)
             seams = stitch(
                 plan,
                 files,
@@ -116,8 +132,11 @@ def render_video(
                 fps=request.fps,
                 shown=shown,
                 seam=request.seam,
-                speech=[track.path for track in prepared.speech],
+                speech=speech,
+                seams=job.seams,
+                tick=joining_still,
             )
+            front.finish(plan)
         clock.lap("join")
         result = RenderResult(
             job=job.name,
@@ -145,7 +164,7 @@ def render_video(
                 "output": str(target),
             },
         )
-        on_progress(JobProgress(job.name, "finished", 0, _states(plan, job, {}, {})))
+        on_progress(JobProgress(job.name, "finished", 0, states))
         return result
 
 
@@ -198,8 +217,9 @@ def _render_missing(
     infos: Sequence[RendererInfo],
     max_attempts: int,
     on_progress: OnProgress,
+    on_kept: Callable[[], None],
 ) -> _Done:
-    """Render what is not there yet, storing each window as it comes."""
+    """Render what is not there yet, storing each window as it comes; ``on_kept`` hears of it."""
     seconds: dict[int, tuple[float, ...]] = {}
     done = _Done()
     paces = _Paces()
@@ -214,7 +234,8 @@ def _render_missing(
             if index in running and running[index].windows_done > kept.count:
                 for window in renderers.windows(lane, index, kept.count):
                     kept.keep(window)
-        states = _states(plan, job, dict(reversed(held)), running, seconds, missing)
+                on_kept()
+        states = _states(plan, job, dict(reversed(held)), running, seconds, missing, done.on)
         on_progress(JobProgress(job.name, "rendering", len(infos), states))
         return held_up(paces.runs(states, missing), paces.of_finished(states))
 
@@ -235,6 +256,7 @@ def _render_missing(
     for rendered in render_all(todo, next_task, renderers, max_attempts, tick, planned):
         for window in rendered.windows:
             missing[rendered.index].keep(window)
+        on_kept()
         seconds[rendered.index] = seconds.get(rendered.index, ()) + rendered.window_seconds
         done.lanes.add(rendered.lane)
         done.gpu_seconds += sum(rendered.window_seconds)
@@ -243,6 +265,8 @@ def _render_missing(
         if rendered.left:
             continue
         missing[rendered.index].become_segment()
+        done.on[rendered.index] = rendered.lane
+        on_kept()
         log.info(
             "segment %d processed successfully",
             rendered.index,
@@ -297,6 +321,8 @@ class _Done:
     lanes: set[int] = field(default_factory=set)
     gpu_seconds: float = 0.0
     """Of all windows together."""
+    on: dict[int, int] = field(default_factory=dict)
+    """The lane of each segment that was finished."""
     nodes: dict[str, NodeRuns] = field(default_factory=dict)
 
 
@@ -307,6 +333,7 @@ def _states(
     running: dict[int, SegmentProgress],
     seconds: dict[int, tuple[float, ...]] | None = None,
     missing: dict[int, KeptWindows] | None = None,
+    on: dict[int, int] | None = None,
 ) -> tuple[SegmentState, ...]:
     states = []
     for segment in plan.segments:
@@ -314,7 +341,8 @@ def _states(
         times = (seconds or {}).get(index, ())
         count = missing[index].count if missing and index in missing else 0
         if job.segment(index).exists():
-            state = SegmentState(segment, "finished", None, len(segment.windows), 0.0, times)
+            lane = (on or {}).get(index)  # not known of an earlier start
+            state = SegmentState(segment, "finished", lane, len(segment.windows), 0.0, times)
         elif index in lanes:
             seen = running.get(index, SegmentProgress(index, count, 0.0, ()))
             times += seen.window_seconds

@@ -68,6 +68,11 @@ class SegmentFiles:
             if digest != entry["sha256"]:
                 raise MediaError(f"{self.folder.name}/{name} is not what the renderer wrote")
 
+    def digest(self, part: str) -> str:
+        """SHA-256 of a part's file, by the manifest.  Raises ``MediaError``."""
+        manifest = _manifest(self.folder.name, _read(self.folder / MANIFEST))
+        return str(manifest["files"][self.path(part).name]["sha256"])
+
     def to_arrays(self) -> dict[str, npt.NDArray[np.uint8]]:
         """All files by name as uint8 arrays, the form that crosses Ray's object store without a copy."""
         names = [MANIFEST, *(self.path(part).name for part, frames in self.frames.items() if frames)]

@@ -210,6 +210,19 @@ def make_track(
     track = measure(path, part)
     if track.copyable(total_frames):
         return path, track.index
+    _encode(track, total_frames, target, stop)
+    return target, 0
+
+
+def encode_track(path: Path, total_frames: int, target: Path, stop: threading.Event | None = None) -> None:
+    """The user's whole track as AAC in ``target``, also where a video can carry it as it is.
+
+    Raises ``InvalidRequest``, ``MediaError``, ``StorageError``.
+    """
+    _encode(measure(path), total_frames, target, stop)
+
+
+def _encode(track: Track, total_frames: int, target: Path, stop: threading.Event | None) -> None:
     # A reader that ignores edit lists hears AAC's priming: 21 ms at 48 kHz, three times that at 16 kHz.
     rate = 44_100 if track.rate % 11_025 == 0 else 48_000
     channels = track.channels if track.channels in (1, 2, 6) else 2
@@ -217,9 +230,8 @@ def make_track(
     # What was counted, no more: ffmpeg's own decoding leaves some padding of AAC in.
     samples = total_frames * (rate // FPS) if capped else round(Fraction(track.samples * rate, track.rate))
     ffmpeg.encode_sound(
-        (path, track.index), target, rate, channels, first=track.first, samples=samples, stop=stop
+        (track.path, track.index), target, rate, channels, first=track.first, samples=samples, stop=stop
     )
-    return target, 0
 
 
 def mix_tracks(

@@ -1,28 +1,29 @@
 """Finished segments in, one video out: seams are made and encoded, everything else is copied.
 
-What happens inside an overlap is ``seam``'s business, how ffmpeg is called ``ffmpeg``'s, the user's track
+How a seam is made is ``kept_seams``' business, how ffmpeg is called ``ffmpeg``'s, the user's track
 ``sound``'s.  Memory does not grow with the length: a worker holds the two renderings of one overlap.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline import ffmpeg, seam_metrics
 from pipeline.errors import MediaError, StorageError
-from pipeline.frame_writer import FrameWriter
-from pipeline.frames import check_video, read_stack, stream_header
+from pipeline.frames import check_video, stream_header
+from pipeline.kept_seams import Joint, KeptSeam, keep_seam
 from pipeline.plan import Plan
-from pipeline.seam import WARM_UP, Method, SeamReport, join_overlap
+from pipeline.seam import WARM_UP, Method, SeamReport
 from pipeline.segment_files import SegmentFiles
-from pipeline.speech import frame_levels
 from pipeline.timeline import FPS
 
 log = logging.getLogger(__name__)
@@ -41,52 +42,86 @@ def stitch(
     shown: int | None = None,
     seam: Method = "morph",
     speech: Sequence[Path] = (),
+    seams: Path | None = None,
+    tick: Callable[[], None] = lambda: None,
 ) -> tuple[SeamReport, ...]:
     """Join ``segments`` in the plan's overlaps, add the ``track`` (of ``sound.make_track``), write an mp4.
 
     ``target`` appears when its frames were counted by decoding.  ``work`` gets a temporary directory.
-    ``workers`` seams are made at a time, by default one for each core, at most 4 (300 MB each at 480p).
+    ``workers`` seams are made at a time, by default ``seam_workers``.
     ``seam`` says how; ``speech`` are the speakers' prepared tracks: seams look for a pause in all of them.
+    Those that are in the folder ``seams`` already are taken from there, the others are kept there.
     At another rate than 25 ``fps`` the result has ``shown`` frames and is encoded once more.
+    ``tick`` is called now and then while frames are counted; what it raises ends the work.
     Raises ``MediaError``, ``StorageError``.
     """
     _check(plan, segments)
-    starts = [segment.start for segment in plan.segments[1:]]
-    joints = list(zip(segments, segments[1:], plan.overlaps, starts, strict=False))
     partial = target.with_name(f".{target.name}.partial")
     try:
         with tempfile.TemporaryDirectory(prefix="stitch-", dir=work) as name:
             folder = Path(name)
-            with ThreadPoolExecutor(
-                workers or min(os.cpu_count() or 1, 4), thread_name_prefix="seam"
-            ) as pool:
-                seams = [
-                    pool.submit(
-                        _seam,
-                        *joint,
-                        folder / f"seam-{number:05d}{ffmpeg.FINAL.suffix}",
-                        warm_up,
-                        seam,
-                        speech,
-                    )
-                    for number, joint in enumerate(joints)
-                    if joint[2]
-                ]
-                try:
-                    reports = tuple(seam.result() for seam in seams)
-                except BaseException:
-                    pool.shutdown(wait=True, cancel_futures=True)
-                    raise
-            parts = _parts(segments, plan.overlaps, folder)
+            all_joints = joints(plan, segments, seam, speech, warm_up)
+            made = _seams(all_joints, seams or folder, workers or seam_workers())
+            parts = video_parts(segments, made)
             _join(parts, track, partial, folder, fps, shown)
-            seen = seam_metrics.ClipMoves()
-            check_video(partial, plan.total_frames if shown is None else shown, fps, seen.add)
+            seen, count = seam_metrics.ClipMoves(), itertools.count()
+
+            def watch(luma: npt.NDArray[np.uint8]) -> None:
+                seen.add(luma)
+                if next(count) % FPS == 0:
+                    tick()
+
+            check_video(partial, plan.total_frames if shown is None else shown, fps, watch)
             partial.replace(target)
     except OSError as error:
         raise StorageError(str(target), error.strerror or str(error)) from error
     finally:
         partial.unlink(missing_ok=True)
-    return reports if fps != FPS else _in_clip(reports, seen, starts, plan.overlaps)
+    reports = tuple(kept.report for kept in made.values())
+    return reports if fps != FPS else _in_clip(reports, seen, all_joints)
+
+
+def seam_workers() -> int:
+    """Seams that are made at a time: one for each core, at most 4 (300 MB each at 480p)."""
+    return min(os.cpu_count() or 1, 4)
+
+
+def joints(
+    plan: Plan,
+    segments: Sequence[SegmentFiles],
+    method: Method,
+    speech: Sequence[Path],
+    warm_up: int = WARM_UP,
+) -> list[Joint]:
+    """Where the segments meet; none for neighbours that share no frame."""
+    starts = [segment.start for segment in plan.segments[1:]]
+    pairs = zip(starts, plan.overlaps, segments, segments[1:], strict=False)
+    return [
+        Joint(number, start, frames, before, after, method, tuple(speech), warm_up)
+        for number, (start, frames, before, after) in enumerate(pairs)
+        if frames
+    ]
+
+
+def _seams(wanted: Sequence[Joint], folder: Path, workers: int) -> dict[int, KeptSeam]:
+    with ThreadPoolExecutor(workers, thread_name_prefix="seam") as pool:
+        made = {joint.number: pool.submit(keep_seam, joint, folder) for joint in wanted}
+        try:
+            return {number: seam.result() for number, seam in made.items()}
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def video_parts(segments: Sequence[SegmentFiles], seams: Mapping[int, KeptSeam]) -> list[tuple[Path, int]]:
+    """The files ``(path, frames)`` that make the video, in order: bodies and, between them, seams."""
+    parts = []
+    for number, files in enumerate(segments):
+        if files.frames["body"]:
+            parts.append((files.path("body"), files.frames["body"]))
+        if number in seams:
+            parts.append((seams[number].path, seams[number].frames))
+    return parts
 
 
 def _check(plan: Plan, segments: Sequence[SegmentFiles]) -> None:
@@ -98,36 +133,13 @@ def _check(plan: Plan, segments: Sequence[SegmentFiles]) -> None:
             raise MediaError(f"segment {number} has the frames {dict(files.frames)}, the plan wants {wanted}")
 
 
-def _seam(
-    before: SegmentFiles,
-    after: SegmentFiles,
-    overlap: int,
-    start: int,
-    target: Path,
-    warm_up: int,
-    method: Method,
-    speech: Sequence[Path],
-) -> SeamReport:
-    earlier = read_stack(before.path("tail"), overlap)
-    later = read_stack(after.path("head"), overlap)
-    tracks = [frame_levels(track, start, overlap) for track in speech]
-    levels = [max(frame) for frame in zip(*tracks, strict=True)] or None
-    frames, report = join_overlap(earlier, later, method=method, warm_up=warm_up, start=start, levels=levels)
-    with FrameWriter(target, before.width, before.height, ffmpeg.FINAL) as writer:
-        for frame in frames:
-            writer.write(frame)
-    log.info("seam at frame %d: %s over %d frames", report.frame, report.method, report.frames)
-    return report
-
-
 def _in_clip(
     reports: Sequence[SeamReport],
     seen: seam_metrics.ClipMoves,
-    starts: Sequence[int],
-    overlaps: Sequence[int],
+    wanted: Sequence[Joint],
 ) -> tuple[SeamReport, ...]:
     """The reports with jumps as they are in the finished file, beside all of its motion away from seams."""
-    spans = [(start, start + overlap) for start, overlap in zip(starts, overlaps, strict=True) if overlap]
+    spans = [(joint.start, joint.start + joint.frames) for joint in wanted]
     away = seen.away_from(spans)
     if len(away) < FPS:  # too short a clip to say what is usual in it
         return tuple(reports)
@@ -136,16 +148,6 @@ def _in_clip(
         report.in_clip(seen.jump(report.frame, report.frame + report.frames), usual, natural)
         for report in reports
     )
-
-
-def _parts(segments: Sequence[SegmentFiles], overlaps: Sequence[int], folder: Path) -> list[tuple[Path, int]]:
-    parts = []
-    for number, files in enumerate(segments):
-        if files.frames["body"]:
-            parts.append((files.path("body"), files.frames["body"]))
-        if number < len(overlaps) and overlaps[number]:
-            parts.append((folder / f"seam-{number:05d}{ffmpeg.FINAL.suffix}", overlaps[number]))
-    return parts
 
 
 def _join(

@@ -54,6 +54,8 @@ class JobView(BaseModel):
     error: dict[str, Any] | None
     result: dict[str, Any] | None
     video: str | None = Field(description="where the mp4 is; signed for some hours where tokens are used")
+    stream: str | None = Field(description="HLS of what is finished, once there is any; signed like `video`")
+    seams: str | None = Field(description="a picture of the seams, once the video has some; signed likewise")
 
 
 class JobPage(BaseModel):
@@ -111,8 +113,9 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 def view(standing: Standing, request: Request) -> JobView:
     """The job for a client."""
-    job = standing.job
+    job, store = standing.job, request.app.state.store
     path = VIDEO_PATH.format(job=job.id)
+    signed, own = request.app.state.tokens.signed, f"/v1/jobs/{job.id}"
     return JobView(
         id=job.id,
         state=job.state,
@@ -129,6 +132,8 @@ def view(standing: Standing, request: Request) -> JobView:
         error=job.error,
         result=job.result and {name: value for name, value in job.result.items() if name != "video_path"},
         video=request.app.state.tokens.signed(path) if job.result is not None else None,
+        stream=signed(f"{own}/stream.m3u8") if store.playlist(job.id).exists() else None,
+        seams=signed(f"{own}/seams.png") if (job.result or {}).get("seams") else None,
     )
 
 
@@ -150,6 +155,18 @@ async def own_job(standing: OwnStanding) -> Job:
 
 
 OwnJob = Annotated[Job, Depends(own_job)]
+
+
+def linked_job(job: str, request: Request, store: Store) -> Job:
+    """A job of the caller's, or one that the caller has a signed link for."""
+    owner = owner_or_link(request)
+    found = store.index.get(job)
+    if owner is not None and found.owner != owner:
+        raise JobNotFound(job)
+    return found
+
+
+LinkedJob = Annotated[Job, Depends(linked_job)]
 
 
 def _body_schema() -> dict[str, Any]:
@@ -312,22 +329,17 @@ def delete(job: OwnJob, store: Store) -> None:
 )
 @router.head("/jobs/{job}/video", include_in_schema=False)
 async def read_video(
-    job: str,
-    request: Request,
+    job: LinkedJob,
     store: Store,
     encoding: Annotated[Literal["base64"] | None, Query()] = None,
 ) -> Response:
     """The mp4, with Range and ETag; with `encoding=base64`, as JSON."""
-    owner = owner_or_link(request)
-    found = await asyncio.to_thread(store.index.get, job)
-    if owner is not None and found.owner != owner:
-        raise JobNotFound(job)
-    path = store.result(found)
+    path = store.result(job)
     if encoding == "base64":
         content = await asyncio.to_thread(lambda: base64.b64encode(path.read_bytes()).decode())
-        return JSONResponse({"id": job, "video_base64": content})
+        return JSONResponse({"id": job.id, "video_base64": content})
     return FileResponse(
-        path, media_type="video/mp4", filename=f"{job}.mp4", content_disposition_type="inline"
+        path, media_type="video/mp4", filename=f"{job.id}.mp4", content_disposition_type="inline"
     )
 
 

@@ -17,7 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from pipeline.errors import PipelineError
 from pipeline.job_store import JobStore
 from pipeline.service_settings import ServiceSettings
-from service import api_openai, api_runpod, api_v1
+from service import api_openai, api_runpod, api_v1, api_watch
 from service.errors import Failure, Refused, failure_of
 from service.news import News
 from service.observed import Observed, Told
@@ -72,7 +72,7 @@ def create_app(settings: ServiceSettings, backend: Backend, told: Told | None = 
         description="A picture and a speech in, one long talking video out, rendered on every GPU at once.",
         lifespan=life,
     )
-    for api in (api_v1, api_runpod, api_openai):
+    for api in (api_v1, api_watch, api_runpod, api_openai):
         app.include_router(api.router)
     if settings.cors_origins:
         origins = [origin.strip() for origin in settings.cors_origins.split(",")]

@@ -69,11 +69,11 @@ class Tokens:
         """Proof that the holder was given this path until then."""
         return hmac.new(self._key(), f"{path}?{until}".encode(), hashlib.sha256).hexdigest()
 
-    def signed(self, path: str) -> str:
-        """A link to a path that works without a header for some hours."""
+    def signed(self, path: str, until: int | None = None) -> str:
+        """A link to a path that works without a header until then; without a time, for some hours."""
         if not self.secrets:
             return path
-        until = int(time.time()) + LINK_SECONDS
+        until = int(time.time()) + LINK_SECONDS if until is None else until
         return f"{path}?until={until}&sig={self.signature(path, until)}"
 
 
@@ -122,3 +122,15 @@ def owner_or_link(request: Request) -> str | None:
             return None
         raise Refused(403, "forbidden", "this link is over, or was changed; ask for a new one")
     return owner_of(request)
+
+
+def link_end(request: Request) -> int:
+    """Until when links that this request gives out shall work.
+
+    As long as its own link, where it came by one (that ``owner_or_link`` let pass); else 6 to 12 hours, equal
+    for all requests of 6 hours: a playlist that is asked for again shall not change.
+    """
+    until = request.query_params.get("until", "")
+    if request.query_params.get("sig") and until.isdecimal():
+        return int(until)
+    return (int(time.time()) // LINK_SECONDS + 2) * LINK_SECONDS

@@ -1,4 +1,4 @@
-"""The page in a real Chromium: upload, progress, play, cancel, errors; with a token; desk and phone."""
+"""The page in a real Chromium: upload, progress, playing early and late, cancel, errors; desk and phone."""
 
 from __future__ import annotations
 
@@ -80,6 +80,45 @@ def test_a_video_is_made_and_played(page: Page, speech_of: Callable[[int], Path]
     )
     assert shown == [True, 200, None]
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_the_front_plays_while_the_rest_renders(
+    page: Page, service: Service, speech_of: Callable[[int], Path]
+) -> None:
+    """The picture moves before the job is over; at its end the player goes on with the final video."""
+    fill(page, speech_of(900))
+    page.get_by_role("button", name="Make the video").click()
+    expect(page.locator("#front")).to_contain_text("of 0:36 can be watched already", timeout=WAIT)
+    at = page.evaluate(
+        """async () => {
+            const video = document.getElementById("video");
+            video.muted = true;
+            await video.play();
+            while (video.currentTime < 1) await new Promise((done) => setTimeout(done, 50));
+            const scheme = video.currentSrc.slice(0, 5);
+            return [video.currentTime, Math.round(video.duration), video.videoWidth > 0, scheme];
+        }"""
+    )
+    job = service.get("/v1/jobs").json()["jobs"][0]
+    assert job["state"] == "in_progress"
+    assert at[0] >= 1
+    assert at[1:] == [36, True, "blob:"]
+    expect(page.locator("#summary")).to_contain_text("done: 900 frames", timeout=WAIT)
+    after = page.evaluate(
+        """async () => {
+            const video = document.getElementById("video");
+            while (!video.currentSrc.includes("/video") || video.readyState < 2)
+                await new Promise((done) => setTimeout(done, 50));
+            return [video.currentTime, video.paused, video.error];
+        }"""
+    )
+    assert after[0] >= at[0]
+    assert after[1:] == [False, None]
+    assert page.locator("#front").text_content() == ""
+    page.get_by_text("Picture of the seams").click()
+    picture = page.locator("#seams-picture")
+    expect(picture).to_have_js_property("complete", True, timeout=WAIT)
+    assert picture.evaluate("image => image.naturalWidth") > 500
 
 
 def test_a_job_is_cancelled_and_errors_are_told(page: Page, speech_of: Callable[[int], Path]) -> None:

@@ -130,7 +130,7 @@ def joined(three: list[SegmentFiles], wav: Path, tmp_path_factory: pytest.TempPa
     return folder / "talk.mp4"
 
 
-def planes(path: Path) -> list[str]:
+def planes(path: Path | str) -> list[str]:
     with av.open(str(path)) as container:
         return [hashlib.sha256(f.to_ndarray().tobytes()).hexdigest() for f in container.decode(video=0)]
 

@@ -1,10 +1,13 @@
 // The page: sends jobs to /v1/jobs, follows one by its events, and shows what the API says.  No library, no build.
 
+import { StreamPlayer } from "./stream.js";
+
 const $ = (id) => document.getElementById(id);
 const OVER = ["completed", "failed", "cancelled"];
 let current = null;
 let listening = null;
-let shown = null;
+let shown = null; // which video is in the player
+let player = null;
 
 $("token").value = localStorage.getItem("token") ?? "";
 $("token").addEventListener("change", () => { localStorage.setItem("token", $("token").value); refresh(); });
@@ -24,6 +27,11 @@ function clock(seconds) {
   return `${Math.floor(whole / 60)}:${String(whole % 60).padStart(2, "0")}`;
 }
 
+// Live regions are read out whenever they are set: only for what is new.
+function say(id, text) {
+  if ($(id).textContent !== text) $(id).textContent = text;
+}
+
 function words(job) {
   if (job.state === "queued") return job.position ? `waiting, ${job.position} before it` : "next in the queue";
   if (job.state === "failed") return `failed: ${job.error?.message ?? ""}`;
@@ -36,14 +44,17 @@ function words(job) {
 async function refresh() {
   try {
     const ready = await fetch("ready").then((answer) => answer.json());
-    $("readiness").textContent = ready.ready
+    const state = ready.ready
       ? `${ready.gpus} GPU${ready.gpus === 1 ? "" : "s"}, ${ready.in_progress} in work, ${ready.queued} waiting`
       : `not ready: ${ready.reasons.join("; ")}`;
     const page = await ask("v1/jobs?limit=20");
     $("none").hidden = page.jobs.length > 0;
+    const focused = document.activeElement?.dataset.job; // by who uses the keyboard
     $("jobs").replaceChildren(...page.jobs.map(row));
+    $("jobs").querySelector(`[data-job="${focused}"]`)?.focus();
+    say("readiness", state);
   } catch (error) {
-    $("readiness").textContent = error.message;
+    say("readiness", error.message);
   }
 }
 
@@ -51,6 +62,7 @@ function row(job) {
   const item = document.createElement("li");
   const button = document.createElement("button");
   button.type = "button";
+  button.dataset.job = job.id;
   button.setAttribute("aria-current", String(job.id === current));
   const when = document.createElement("span");
   when.textContent = new Date(job.created * 1000).toLocaleTimeString();
@@ -67,12 +79,11 @@ function row(job) {
 
 async function open(id) {
   current = id;
-  shown = null;
+  unload();
   listening?.abort();
   listening = new AbortController();
   $("job").hidden = false;
   $("log").replaceChildren();
-  $("video").removeAttribute("src");
   await show(id);
   $("job-title").focus();
   follow(id, listening.signal);
@@ -85,20 +96,15 @@ async function show(id) {
   $("job-title").textContent = `Job ${id.slice(0, 8)}`;
   $("summary").textContent = words(job);
   $("summary").className = job.state;
+  say("said", OVER.includes(job.state) ? words(job) : job.stage);
   $("bar").value = job.progress;
   $("cancel").hidden = over;
   $("retry").hidden = !["failed", "cancelled"].includes(job.state);
   lanes(job);
-  const video = job.video?.replace(/^\//, "");
-  $("download").hidden = $("video").hidden = !video;
-  if (video && shown !== job.finished) {
-    shown = job.finished;
-    $("download").href = video;
-    $("video").src = video;
-  }
+  watch(job);
   const seams = job.result?.seams ?? [];
   $("seams").hidden = seams.length === 0;
-  $("seams").tBodies[0].replaceChildren(...seams.map((seam) => {
+  $("seams").querySelector("tbody").replaceChildren(...seams.map((seam) => {
     const line = document.createElement("tr");
     for (const value of [seam.frame, seam.method, seam.jump, seam.natural, seam.colour_step, seam.verdict]) {
       const cell = document.createElement("td");
@@ -111,39 +117,88 @@ async function show(id) {
   return job;
 }
 
-function lanes(job) {
-  const byLane = new Map();
-  for (const segment of job.detail.segments ?? []) {
-    const lane = segment.gpu === null ? (segment.stage === "finished" ? "done" : "waiting") : `GPU ${segment.gpu}`;
-    byLane.set(lane, [...(byLane.get(lane) ?? []), segment]);
+// Addresses of the API, from where the page is.
+const local = (address) => address?.replace(/^\//, "");
+
+function unload() {
+  player?.stop();
+  player = shown = null;
+  $("video").removeAttribute("src");
+  $("video").load();
+  $("front").textContent = "";
+  $("picture").open = false;
+  $("seams-picture").removeAttribute("src");
+}
+
+// The final video when it is there, before that what is finished of it; who watches goes on at the same place.
+function watch(job) {
+  const video = $("video");
+  $("download").hidden = !job.video;
+  $("player").hidden = !job.video && !job.stream;
+  $("picture").hidden = !job.seams;
+  const wanted = job.video ? `video ${job.finished}` : job.stream && `stream ${job.id}`;
+  const again = job.video && !job.finished && shown?.startsWith("video"); // a redo: the old one stays until the end
+  if (!wanted || wanted === shown || again) return;
+  const [at, plays] = [video.currentTime, !video.paused && !video.ended];
+  unload();
+  shown = wanted;
+  if (job.video) {
+    $("download").href = video.src = local(job.video);
+    $("seams-picture").dataset.src = local(job.seams) ?? "";
+    if (at) video.currentTime = at;
+    if (plays) video.play().catch(() => {}); // a browser may forbid it; the button is there
+    return;
   }
-  $("lanes").replaceChildren(...[...byLane].sort().map(([name, segments]) => {
+  const last = job.detail.segments?.at(-1);
+  const total = last ? (last.first_frame + last.frames) / 25 : null;
+  player = new StreamPlayer(video, local(job.stream), total, (finished, error) => {
+    $("front").textContent = error
+      ? `Preview: ${error.message}; trying again`
+      : `Preview: ${clock(finished)}${total ? ` of ${clock(total)}` : ""} can be watched already`;
+  });
+}
+
+// A row for each GPU, by number, then what waits, then what an earlier start of the job has finished.
+function lanes(job) {
+  const rows = new Map();
+  for (const segment of job.detail.segments ?? []) {
+    const row = segment.gpu ?? (segment.stage === "finished" ? Infinity : Number.MAX_VALUE);
+    rows.set(row, [...(rows.get(row) ?? []), segment]);
+  }
+  $("lanes").replaceChildren(...[...rows].sort(([a], [b]) => a - b).map(([row, segments]) => {
     const lane = document.createElement("div");
     lane.className = "lane";
     const label = document.createElement("strong");
-    label.textContent = name;
+    label.textContent = { [Infinity]: "done", [Number.MAX_VALUE]: "waiting" }[row] ?? `GPU ${row}`;
     const parts = document.createElement("div");
     parts.className = "parts";
-    for (const segment of segments) {
-      const part = document.createElement("span");
-      part.className = "part";
-      part.setAttribute("role", "img");
-      part.setAttribute("aria-label", `segment ${segment.index}: ${segment.windows_done} of ${segment.windows} windows`);
-      part.title = `segment ${segment.index}, frames ${segment.first_frame} to ${segment.first_frame + segment.frames}`;
-      for (let window = 0; window < segment.windows; window += 1) {
-        const box = document.createElement("i");
-        if (window < segment.windows_done) box.className = "done";
-        else if (window === segment.windows_done && segment.stage === "rendering") {
-          box.className = "now";
-          box.style.setProperty("--share", `${100 * segment.fraction}%`);
-        }
-        part.append(box);
-      }
-      parts.append(part);
-    }
+    parts.append(...segments.map(part));
     lane.append(label, parts);
     return lane;
   }));
+}
+
+// A segment: a box for each of its windows.
+function part(segment) {
+  const box = document.createElement("span");
+  box.className = "part";
+  box.setAttribute("role", "img");
+  const [done, all] = [segment.windows_done, segment.windows];
+  box.setAttribute("aria-label", `segment ${segment.index}: ${done} of ${all} windows`);
+  box.title = `segment ${segment.index}, frames ${segment.first_frame} to ${segment.first_frame + segment.frames}`;
+  const name = document.createElement("span");
+  name.textContent = `segment ${segment.index}`;
+  box.append(name);
+  for (let window = 0; window < all; window += 1) {
+    const bar = document.createElement("i");
+    if (window < done) bar.className = "done";
+    else if (window === done && segment.stage === "rendering") {
+      bar.className = "now";
+      bar.style.setProperty("--share", `${100 * segment.fraction}%`);
+    }
+    box.append(bar);
+  }
+  return box;
 }
 
 // Server-sent events by hand: EventSource can't send the token.
@@ -192,6 +247,11 @@ async function act(verb) {
     $("summary").textContent = error.message;
   }
 }
+// Drawing it takes the server a while: only for who wants to see it.
+$("picture").addEventListener("toggle", () => {
+  const picture = $("seams-picture");
+  if ($("picture").open && picture.dataset.src) picture.src = picture.dataset.src;
+});
 $("cancel").addEventListener("click", () => act("cancel"));
 $("retry").addEventListener("click", () => act("retry"));
 
@@ -255,6 +315,8 @@ form.addEventListener("change", () => {
     $("preview").src = URL.createObjectURL(picture);
   }
 });
+
+$("preview").addEventListener("error", () => { $("stage").hidden = true; }); // no picture: the server says so
 
 // Boxes are drawn on the preview, and are pixels of the picture itself.
 let from = null;
