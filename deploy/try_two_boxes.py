@@ -74,8 +74,9 @@ def box(name: str, address: str, cable: str, work: Path) -> Iterator[Box]:
         isolated = ("unshare", "--uts", "--pid", "--fork", "--kill-child", "--mount", "--mount-proc")
         command = ("ip", "netns", "exec", network, *isolated)
         starting = f"hostname box-{name}; echo up; exec cat"  # until its input ends, with this program too
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        with subprocess.Popen([*command, "sh", "-c", starting], text=True, **pipes) as outer:
+        with subprocess.Popen(
+            [*command, "sh", "-c", starting], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as outer:
             assert outer.stdout is not None
             try:
                 if outer.stdout.readline() != "up\n":

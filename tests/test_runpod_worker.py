@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import signal
 import subprocess
@@ -127,6 +128,13 @@ def test_the_local_server_answers_at_once_and_later(local: str, speech_of: Speec
     assert done["status"] == "COMPLETED"
     assert "video" not in done["output"][-1]
     check_video(Path(done["output"][-1]["video_path"]), 30)
+
+
+def test_the_hubs_own_test_passes(local: str, tmp_path: Path) -> None:
+    """What RunPod's Hub sends to a new version (tests.json): one second of talking."""
+    (case,) = json.loads((ROOT / ".runpod" / "tests.json").read_text())["tests"]
+    answer = post(f"{local}/runsync", {"input": case["input"]})
+    video_of(answer["output"][-1], tmp_path, 25)
 
 
 @pytest.mark.parametrize(
