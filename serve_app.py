@@ -62,8 +62,12 @@ def build() -> FastAPI:
 
 
 # max_ongoing_requests: listeners of events count too.  num_cpus=0: a replica only waits for others.
+# On the head: the data directory is on its disk, and with num_cpus=0 Ray would take any node.
 @serve.deployment(
-    name="api", max_ongoing_requests=2000, ray_actor_options={"num_cpus": 0}, logging_config=LOGGING
+    name="api",
+    max_ongoing_requests=2000,
+    ray_actor_options={"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}},
+    logging_config=LOGGING,
 )
 @serve.ingress(build)
 class Api:

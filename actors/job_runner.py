@@ -273,22 +273,29 @@ RunnerActor: Any = ray.remote(  # type: ignore[call-overload]
 )(JobRunner)
 
 
+def _runner(service: ServiceSettings, settings: Settings) -> Any:
+    """On the head, whose disk has the data directory; with num_cpus=0 Ray would take any node."""
+    return RunnerActor.options(
+        name=NAME,
+        namespace=NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        resources={"node:__internal_head__": 0.001},
+    ).remote(service, settings)
+
+
 def ensure_runner(service: ServiceSettings, settings: Settings) -> Any:
     """The cluster's runner, started where there is none; one with other settings is replaced.
 
     Raises Ray's errors.
     """
-    runner = RunnerActor.options(
-        name=NAME, namespace=NAMESPACE, lifetime="detached", get_if_exists=True
-    ).remote(service, settings)
+    runner = _runner(service, settings)
     state = ray.get(runner.state.remote())
     if state["settings"] == [service.model_dump_json(), settings.model_dump_json()]:
         return runner
     log.warning("the runner is replaced by one with the settings of now")
     stop_runner()
-    return RunnerActor.options(
-        name=NAME, namespace=NAMESPACE, lifetime="detached", get_if_exists=True
-    ).remote(service, settings)
+    return _runner(service, settings)
 
 
 def stop_runner() -> None:

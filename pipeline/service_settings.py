@@ -56,6 +56,9 @@ class ServiceSettings(BaseModel):
     """Of the page for Prometheus, where the service starts Ray itself; default: any free port."""
     volume: Path = Path("/runpod-volume")
     """Where RunPod mounts a network volume; results of jobs that ask for it are copied there."""
+    runpod_stream: bool = False
+    """A worker on RunPod streams: a job's output is the list of its progress with the result last, and
+    ``/stream`` works.  Else it is the result alone, as the hub handler's clients expect."""
 
     webhook_secret: str = ""
     """Signs webhooks (Standard Webhooks: ``whsec_...``); without it they are not signed."""

@@ -102,38 +102,39 @@ def error_body(failure: Failure) -> dict[str, Any]:
 
 
 async def _accept(request: Request, store: JobStore, owner: str) -> Job:
-    body = await read_json(request, store.settings.max_json_bytes)
+    asked = read_envelope(await read_json(request, store.settings.max_json_bytes))
+    return await asyncio.to_thread(lambda: submit(store, submission(asked, owner, store))[0])
+
+
+def read_envelope(body: dict[str, Any]) -> RunRequest:
+    """RunPod's envelope around an ``input``.  Raises ``InvalidRequest`` naming the field."""
     try:
-        asked = RunRequest.model_validate(body)
+        return RunRequest.model_validate(body)
     except ValidationError as error:
         first = error.errors()[0]
         raise InvalidRequest(".".join(map(str, first["loc"])) or "input", first["msg"]) from None
 
-    def accepted() -> Job:
-        with discarding(Inputs()) as inputs:
-            fields, extra = understand(asked.input, inputs, store)
-        if asked.webhook:
-            extra["webhook"] = asked.webhook
+
+def submission(asked: RunRequest, owner: str, store: JobStore) -> Submission:
+    """A request as a job to submit; what came with it lies in ``incoming``.  Raises ``InvalidRequest``."""
+    with discarding(Inputs()) as inputs:
+        fields, extra = understand(asked.input, inputs, store)
         if asked.s3Config is not None:
             extra["s3"] = _bucket(asked.s3Config, store)
-        seconds = asked.policy.executionTimeout
-        ttl = asked.policy.ttl
-        return submit(
-            store,
-            Submission(
-                api="runpod",
-                owner=owner,
-                fields=fields,
-                sources=inputs.sources,
-                files=inputs.files,
-                priority=-1 if asked.policy.lowPriority else 0,
-                execution_seconds=None if seconds is None else seconds / 1000,
-                queue_seconds=None if ttl is None else ttl / 1000,
-                extra=extra,
-            ),
-        )[0]
-
-    return await asyncio.to_thread(accepted)
+    if asked.webhook:
+        extra["webhook"] = asked.webhook
+    seconds, ttl = asked.policy.executionTimeout, asked.policy.ttl
+    return Submission(
+        api="runpod",
+        owner=owner,
+        fields=fields,
+        sources=inputs.sources,
+        files=inputs.files,
+        priority=-1 if asked.policy.lowPriority else 0,
+        execution_seconds=None if seconds is None else seconds / 1000,
+        queue_seconds=None if ttl is None else ttl / 1000,
+        extra=extra,
+    )
 
 
 def understand(
