@@ -104,6 +104,8 @@ class BatchRunner:
         """Since when the renderers answer."""
         self._ended: float | None = None
         self._gpus, self._gpu_seconds = 0, 0.0
+        self._at_most: int | None = None
+        """GPUs of each job, of a cluster that others use too."""
 
     def state(self) -> BatchState:
         """How far it is now; from any thread."""
@@ -129,6 +131,7 @@ class BatchRunner:
         ``on_news`` is called now and then.  Raises ``JobCancelled`` for a KeyboardInterrupt, ``StorageError``
         where results can't be stored, and what the pool says where no renderer starts.
         """
+        self._at_most = gpus
         try:
             self._look_at_earlier_results()
             if self._waiting:
@@ -268,6 +271,7 @@ class BatchRunner:
                 request,
                 self._settings,
                 self._folder.video(job),
+                gpus=self._at_most,
                 job_dir=work / "job",
                 name=job.id,
                 priority=job.priority,

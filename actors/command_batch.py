@@ -54,7 +54,12 @@ def add_command(commands: Any) -> None:
         metavar="DIR",
         help="with s3://: jobs in work (default: in the scratch folder)",
     )
-    command.add_argument("--gpus", type=int, metavar="N", help="use N GPUs (default: all; 2 draft renderers)")
+    command.add_argument(
+        "--gpus",
+        type=int,
+        metavar="N",
+        help="use N GPUs; on a cluster that is joined, N for each job at a time",
+    )
     command.add_argument("--json", action="store_true", help="print the outcome as JSON")
     command.add_argument("--quiet", action="store_true", help="no progress, warnings only")
 
