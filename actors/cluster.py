@@ -45,9 +45,8 @@ def _init(address: str, options: dict[str, Any], *, hide_gpus: bool) -> None:
     hidden = os.environ.pop("CUDA_VISIBLE_DEVICES", None) if hide_gpus else None
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
+        _try_init(address, options)
     except Exception as error:
-        ray.shutdown()
         words = " ".join(str(error).split())[:300]
         what = "Ray did not start" if address == "local" else f"can't join Ray at {address}"
         remedy = (
@@ -61,6 +60,20 @@ def _init(address: str, options: dict[str, Any], *, hide_gpus: bool) -> None:
             os.environ["CUDA_VISIBLE_DEVICES"] = hidden
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)  # ray.init puts its own in its place
+
+
+def _try_init(address: str, options: dict[str, Any]) -> None:
+    """``ray.init``; for a Ray of our own twice: a raylet ends where its agents take more than 15 s to start
+    (ray-project/ray issue 65983), as they do on a busy machine, and the second time they are in its cache."""
+    for last in (False, True) if address == "local" else (True,):
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
+            return
+        except Exception as error:
+            ray.shutdown()
+            if last:
+                raise
+            log.warning("Ray did not start, and is started once more: %s", error)
 
 
 def _check_reachable(address: str) -> None:

@@ -81,11 +81,17 @@ def test_an_address_without_ray_is_told(portrait: Path, speech_of: SpeechOf, tmp
 
 
 def test_a_ray_of_our_own_listens_on_loopback() -> None:
-    """The node's address is 127.0.0.1 without any help from the environment."""
+    """The node's address is 127.0.0.1 without any help from the environment; a first try may fail."""
     code = (
         "from actors.cluster import cluster; from pipeline.settings import Settings; import ray\n"
+        "start = ray.init\n"
+        "def fails_once(**options):\n"
+        "    ray.init = start\n"
+        "    raise RuntimeError('The current node timed out during startup')\n"
+        "ray.init = fails_once\n"
         "with cluster(Settings(engine='draft'), 1): print('at', ray.util.get_node_ip_address())"
     )
     env = {name: value for name, value in os.environ.items() if name != "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"}
     reply = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert "at 127.0.0.1" in reply.stdout, reply.stderr
+    assert "started once more: The current node timed out" in reply.stderr
