@@ -63,6 +63,16 @@ def _init(address: str, options: dict[str, Any], *, hide_gpus: bool) -> None:
             signal.signal(signal.SIGTERM, handler)  # ray.init puts its own in its place
 
 
+@contextmanager
+def connection(address: str) -> Iterator[None]:
+    """A connection to a running cluster, to ask it something.  Raises ``ConfigurationError``."""
+    _init(address, {}, hide_gpus=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
 def _check_reachable(address: str) -> None:
     """Ray itself looks for a head that is not there for minutes."""
     host, colon, port = address.rpartition(":")

@@ -270,16 +270,23 @@ def ensure_runner(service: ServiceSettings, settings: Settings) -> Any:
 
     Raises Ray's errors.
     """
-    runner = RunnerActor.options(
-        name=NAME, namespace=NAMESPACE, lifetime="detached", get_if_exists=True
-    ).remote(service, settings)
+    runner = _runner(service, settings)
     state = ray.get(runner.state.remote())
     if state["settings"] == [service.model_dump_json(), settings.model_dump_json()]:
         return runner
     log.warning("the runner is replaced by one with the settings of now")
     stop_runner()
+    return _runner(service, settings)
+
+
+def _runner(service: ServiceSettings, settings: Settings) -> Any:
+    # On the head: the data directory is on its disk, and with num_cpus=0 Ray would take any node.
     return RunnerActor.options(
-        name=NAME, namespace=NAMESPACE, lifetime="detached", get_if_exists=True
+        name=NAME,
+        namespace=NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        resources={"node:__internal_head__": 0.001},
     ).remote(service, settings)
 
 

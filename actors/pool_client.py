@@ -63,7 +63,7 @@ class PoolClient:
         Raises ``ConfigurationError`` where the pool's engines have other settings, and it is in use.
         """
         self._settings = settings
-        self._name = f"pool-{code_mark()}"
+        self._name = pool_name()
         self._lock = threading.Lock()
         self._pool = self._connect()
         while (known := self.ask("settings")).of_engines() != settings.of_engines():
@@ -403,6 +403,11 @@ class _Work:
     began: float
     cancelled: bool = False
     """By this job itself."""
+
+
+def pool_name() -> str:
+    """What the pool of this code is called in Ray."""
+    return f"pool-{code_mark()}"
 
 
 @cache

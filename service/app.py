@@ -38,6 +38,9 @@ class Backend(Protocol):
     def state(self) -> dict[str, Any]:
         """``gpus`` that answer, ``starting``, and ``trouble``, a sentence or None.  Raises nothing."""
 
+    def pool(self) -> dict[str, Any] | None:
+        """``lanes`` and ``jobs`` of the cluster's pool of GPUs; None where there is none."""
+
 
 def create_app(settings: ServiceSettings, backend: Backend) -> FastAPI:
     """The application.  Raises ``ConfigurationError`` for tokens that are none."""
