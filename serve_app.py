@@ -21,6 +21,7 @@ from actors import metrics
 from actors.cluster import cluster, metrics_pages
 from actors.job_runner import ensure_runner, stop_runner
 from actors.pool_client import PoolClient
+from actors.pool_look import pool_status
 from pipeline.errors import ConfigurationError
 from pipeline.service_settings import ServiceSettings
 from pipeline.settings import Settings
@@ -52,6 +53,10 @@ class RayBackend:
             log.warning("the runner does not answer: %s", error)
             return {"gpus": 0, "starting": 0, "trouble": "the runner does not answer"}
         return state
+
+    def pool(self) -> dict[str, Any] | None:
+        """The status of the cluster's pool; None where there is none.  Raises ``PipelineError``."""
+        return pool_status()
 
 
 def build() -> FastAPI:

@@ -76,6 +76,16 @@ def _try_init(address: str, options: dict[str, Any]) -> None:
             log.warning("Ray did not start, and is started once more: %s", error)
 
 
+@contextmanager
+def connection(address: str) -> Iterator[None]:
+    """A connection to a running cluster, to ask it something.  Raises ``ConfigurationError``."""
+    _init(address, {}, hide_gpus=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
 def _check_reachable(address: str) -> None:
     """Ray itself looks for a head that is not there for minutes."""
     host, colon, port = address.rpartition(":")

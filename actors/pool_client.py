@@ -2,7 +2,8 @@
 
 ``PoolClient`` is one per process and shared by all its jobs; ``LeasedRenderers`` is one per job and
 implements ``pipeline.dispatch.Renderers``.  A pool that dies meanwhile is started again by Ray; segments in
-work do not notice.
+work do not notice.  A job that was thought dead and comes back learns that its lanes are others' now: what it
+had in work on them is lost, and nothing it sends there is done (``Lease``).
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError
 
-from actors.pool import NAMESPACE, JobEntry, Lent, PoolActor, PoolView
+from actors.pool import NAMESPACE, JobEntry, Lease, Lent, PoolActor, PoolView
 from actors.ray_errors import our_error
 from pipeline.dispatch import Lanes
-from pipeline.errors import ConfigurationError, EngineError, PipelineError, RendererLost
+from pipeline.errors import ConfigurationError, EngineError, JobCancelled, PipelineError, RendererLost
 from pipeline.messages import (
     RenderedSegment,
     RendererInfo,
@@ -62,11 +63,10 @@ class PoolClient:
         Raises ``ConfigurationError`` where the pool's engines have other settings, and it is in use.
         """
         self._settings = settings
-        self._name = f"pool-{code_mark()}"
+        self._name = pool_name()
         self._lock = threading.Lock()
         self._pool = self._connect()
-        known: Settings = self.ask("settings")
-        if known.of_engines() != settings.of_engines():
+        while (known := self.ask("settings")).of_engines() != settings.of_engines():
             self._replace(known)
 
     def _connect(self) -> Any:
@@ -144,8 +144,10 @@ class LeasedRenderers:
     def __init__(self, pool: PoolClient, entry: JobEntry) -> None:
         self._pool, self._entry = pool, entry
         self._lock = threading.RLock()
-        self._held: dict[int, Any] = {}
+        self._held: dict[int, _Loan] = {}
         self._work: dict[int, _Work] = {}
+        self._returned: dict[Lease, tuple[Any, ...]] = {}
+        """What was said of leases when they were given back: said again to a pool that has not heard it."""
         self._want, self._avoid = 0, frozenset[int]()
         self._view = PoolView(frozenset(), frozenset())
         self._heard = threading.Event()
@@ -195,10 +197,6 @@ class LeasedRenderers:
                 self._arrival = Future()
             return self._arrival
 
-    def _now_held(self) -> frozenset[int]:
-        with self._lock:
-            return frozenset(self._held)
-
     def _keep_asking(self) -> None:
         """The job's line to the pool: its wish, its sign of life, and what it gets."""
         silent_since = time.monotonic()
@@ -206,9 +204,10 @@ class LeasedRenderers:
             self._heard.clear()
             with self._lock:
                 want, avoid, entry = self._want, self._avoid, self._entry
+                held = frozenset(loan.lease for loan in self._held.values())
             try:
                 lent: Lent = ray.get(
-                    self._pool._pool.lend.remote(entry, want, avoid, self._now_held()), timeout=ANSWER_SECONDS
+                    self._pool._pool.lend.remote(entry, want, avoid, held), timeout=ANSWER_SECONDS
                 )
             except (RayError, TimeoutError) as error:
                 if time.monotonic() - silent_since > GONE_SECONDS:
@@ -224,16 +223,31 @@ class LeasedRenderers:
             with self._lock:
                 changed = lent.view != self._view
                 self._view = lent.view
-                for lane, renderer in lent.lanes:
-                    if self._closed or lane in self._held:
-                        continue
-                    self._held[lane] = renderer
-                    self._want = max(0, self._want - 1)
-                if lent.lanes or changed:
+                for lease in lent.gone:
+                    if lease.lane not in self._work and self._is_held(lease):
+                        del self._held[lease.lane]
+                taken = [entry for entry in lent.lanes if self._take(*entry)]
+                if taken or changed:
                     self._tell_arrival()
                 idle = self._want == 0
             if idle:
                 self._heard.wait(BEAT_SECONDS)
+            elif len(taken) < len(lent.lanes):
+                self._heard.wait(AGAIN_SECONDS)
+
+    def _is_held(self, lease: Lease) -> bool:
+        return lease.lane in self._held and self._held[lease.lane].lease == lease
+
+    def _take(self, lease: Lease, renderer: Any) -> bool:
+        """A lane has come; False where it can't be used."""
+        if lease in self._returned:  # the pool has not heard it yet, or never will
+            self._pool.tell("give_back", self._entry.job, lease, *self._returned[lease])
+            return False
+        if self._closed or lease.lane in self._held:
+            return False
+        self._held[lease.lane] = _Loan(lease, renderer)
+        self._want = max(0, self._want - 1)
+        return True
 
     def _tell_arrival(self) -> None:
         if not self._arrival.done():
@@ -242,11 +256,15 @@ class LeasedRenderers:
     def submit(self, task: SegmentTask, lane: int) -> Future[RenderedSegment]:
         """Render on a lane that ``lanes`` has named; afterwards it is given back.
 
-        A lost renderer is the pool's to replace, and the future fails with ``RendererLost``.
+        A lost renderer is the pool's to replace, and the future fails with ``RendererLost``; so it does where
+        the pool has taken the lane back.
         """
         result: Future[RenderedSegment] = Future()
         with self._lock:
-            renderer = self._held[lane]
+            loan = self._held.get(lane)
+            if loan is None:
+                result.set_exception(RendererLost(task.index, f"GPU {lane} was taken back"))
+                return result
             work = self._work[lane] = _Work(task, result, time.monotonic())
 
         def settle(rays: Future[RenderedSegment]) -> None:
@@ -262,7 +280,8 @@ class LeasedRenderers:
             with contextlib.suppress(RuntimeError):  # closed meanwhile: nobody waits for the result
                 self._settling.submit(settle, rays)
 
-        renderer.render.remote(task, self._entry.job).future().add_done_callback(hand_over)
+        called = loan.renderer.render.remote(task, self._entry.job, loan.lease.number)
+        called.future().add_done_callback(hand_over)
         return result
 
     def _settle(self, lane: int, work: _Work, rays: Future[RenderedSegment]) -> None:
@@ -281,18 +300,24 @@ class LeasedRenderers:
         ours = our_error(error, f"the renderer of GPU {lane}")
         lost = isinstance(ours, EngineError)
         self._give_back(lane, seconds, lost=str(ours) if lost else None)
-        work.result.set_exception(RendererLost(task.index, str(ours)) if lost else ours)
+        if lost:
+            ours = RendererLost(task.index, str(ours))
+        elif isinstance(ours, JobCancelled) and not work.cancelled:
+            ours = RendererLost(task.index, f"GPU {lane} was taken back: this job was silent for too long")
+        work.result.set_exception(ours)
 
     def _give_back(self, lane: int, seconds: float, units: float = 0.0, lost: str | None = None) -> None:
         with self._lock:
-            if self._held.pop(lane, None) is None:
+            if (loan := self._held.pop(lane, None)) is None:
                 return
-        self._pool.tell("give_back", self._entry.job, lane, seconds, units, lost)
+            self._returned[loan.lease] = (seconds, units, lost)
+        self._pool.tell("give_back", self._entry.job, loan.lease, seconds, units, lost)
 
     def progress(self) -> Sequence[SegmentProgress]:
         """What the busy renderers say; one that does not answer is left out."""
         with self._lock:
-            asked = [self._held[lane].progress.remote() for lane in self._work if lane in self._held]
+            loans = [self._held[lane] for lane in self._work if lane in self._held]
+        asked = [loan.renderer.progress.remote(loan.lease.number) for loan in loans]
         answers, _ = ray.wait(asked, num_returns=len(asked), timeout=PROGRESS_SECONDS) if asked else ([], [])
         seen: list[SegmentProgress] = []
         for answer in answers:
@@ -307,12 +332,12 @@ class LeasedRenderers:
     def windows(self, lane: int, segment: int, first: int) -> Sequence[WindowCheckpoint]:
         """Finished windows of the segment in work on a lane; none where its renderer does not answer."""
         with self._lock:
-            renderer = self._held.get(lane)
-            if renderer is None or lane not in self._work:
+            loan = self._held.get(lane)
+            if loan is None or lane not in self._work:
                 return ()
         try:
             found: Sequence[WindowCheckpoint] = ray.get(
-                renderer.windows.remote(segment, first), timeout=PROGRESS_SECONDS
+                loan.renderer.windows.remote(loan.lease.number, segment, first), timeout=PROGRESS_SECONDS
             )
         except (RayError, TimeoutError):
             return ()  # its render call fails too, and tells why
@@ -322,17 +347,16 @@ class LeasedRenderers:
         """Interrupt the engines in work (or that of one lane) and wait for them, a few seconds at most."""
         with self._lock:
             busy = {at: work for at, work in self._work.items() if lane in (None, at)}
-            for at in busy:
+            for at, work in busy.items():
+                work.cancelled = True
                 if at in self._held:
-                    self._held[at].cancel.remote()
+                    self._held[at].renderer.cancel.remote(self._held[at].lease.number)
         _, late = wait([work.result for work in busy.values()], timeout=CANCEL_SECONDS)
         for at, work in busy.items():
             if work.result in late:
-                log.warning("GPU %d did not stop within %g s; its engine is ended", at, CANCEL_SECONDS)
-                with self._lock:
-                    renderer = self._held.get(at)
-                if renderer is not None:
-                    ray.kill(renderer)  # its work fails, which gives the lane back as lost
+                said = f"it did not stop within {CANCEL_SECONDS:g} s"
+                log.warning("GPU %d: %s; its engine is ended", at, said)
+                self._give_back(at, time.monotonic() - work.began, lost=said)  # the pool replaces it
 
     def close(self) -> None:
         """Give everything back; what is still in work is stopped by the pool."""
@@ -363,12 +387,27 @@ def _once_started(
 
 
 @dataclass(frozen=True, slots=True)
+class _Loan:
+    """A lane that this job has."""
+
+    lease: Lease
+    renderer: Any
+
+
+@dataclass(slots=True)
 class _Work:
     """A segment in work."""
 
     task: SegmentTask
     result: Future[RenderedSegment]
     began: float
+    cancelled: bool = False
+    """By this job itself."""
+
+
+def pool_name() -> str:
+    """What the pool of this code is called in Ray."""
+    return f"pool-{code_mark()}"
 
 
 @cache

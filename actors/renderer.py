@@ -31,7 +31,16 @@ from pipeline.engine import (
     engine_kind,
     running_engine,
 )
-from pipeline.errors import ConfigurationError, EngineError, MediaError, OutOfMemory, StorageError
+from pipeline.errors import (
+    ConfigurationError,
+    EngineError,
+    GraphError,
+    JobCancelled,
+    MediaError,
+    OutOfMemory,
+    PipelineError,
+    StorageError,
+)
 from pipeline.job import storage_errors
 from pipeline.messages import (
     RenderedSegment,
@@ -49,6 +58,11 @@ from pipeline.wrapper_segment import render_segment as render_whole_segment
 
 DIED_WITHIN_SECONDS = 2.0
 """A request fails before the guard has told of the engine's death; this long is waited for the word."""
+OLD_PROMPT_SECONDS = 20.0
+"""How long a prompt that was cancelled may go on: its step on a large video takes as long."""
+UNLOAD_SECONDS = 5.0
+LEFT_BEHIND = 0.15
+"""Share of the memory that may stay in use after everything was unloaded: CUDA keeps some for itself."""
 
 log = logging.getLogger(__name__)
 
@@ -64,10 +78,15 @@ class Renderer:
         self._node = socket.gethostname()
         self._open = ExitStack()
         self._info: RendererInfo | None = None
+        self._turn = threading.Lock()
         self._holder: str | None = None
         """The job whose segment is in work."""
-        self._free_memory: float | None = None
-        """GB of the GPU that were free before anything was rendered."""
+        self._lease = 0
+        """Under which it is in work (``actors.pool.Lease``)."""
+        self._ended = 0
+        """Leases up to this one are over."""
+        self._free_memory: int | None = None
+        """Bytes of the GPU that were free before anything was rendered; None where it is a CPU."""
         self._engine: RunningEngine | None = None
         self._client: ComfyClient | None = None
         self._device: Device | None = None
@@ -118,7 +137,13 @@ class Renderer:
                 program = replace(program, command=(*program.command, *self._profile.flags))
             self._engine = self._open.enter_context(running_engine(program, self._settings))
             self._client = ComfyClient(self._engine.url, stalled_after=self._settings.stalled_seconds)
+            self._free_memory = self._client.free_memory()
         return self._client, self._engine
+
+    def _end_engine(self) -> None:
+        """The next use starts another one."""
+        self._open.close()
+        self._engine = self._client = self._workflow = None
 
     def _look_at_the_gpu(self) -> tuple[Device, profiles.Profile | None]:
         """The device, and how much may be kept on it; None where the operator has said it in flags."""
@@ -131,25 +156,35 @@ class Renderer:
         return device, profiles.profile_for(device.memory_gb)
 
     @ray.method(concurrency_group="work")
-    def render(self, task: SegmentTask, holder: str = "") -> RenderedSegment:
+    def render(self, task: SegmentTask, holder: str, lease: int) -> RenderedSegment:
         """Render the windows of one task; what ``windows`` did not hand out comes back, nothing stays here.
 
-        ``holder``: the job as the pool calls it.
+        ``holder``: the job as the pool calls it; ``lease``: the number under which it has this renderer.
 
         Out of memory, there is one more try with everything unloaded and the next smaller profile.
-        Raises ``GraphError``, ``EngineError`` (with the engine's log), ``JobCancelled``, ``StorageError``.
+        Raises ``GraphError``, ``EngineError`` (with the engine's log), ``StorageError``, and ``JobCancelled``
+        (also where the lease is over).
         """
-        self._cancelled.clear()
-        self._holder = holder or task.recipe.job
+        with self._turn:
+            if lease <= self._ended:
+                raise JobCancelled(task.recipe.job)
+            self._cancelled.clear()
+            self._holder, self._lease = holder, lease
         try:
             return self._render_task(task)
+        except GraphError as error:
+            self._recover_memory(error)
+            raise
         finally:
-            self._holder = None
+            with self._turn:
+                self._holder, self._lease = None, 0
+            self._windows = {}
 
     def _render_task(self, task: SegmentTask) -> RenderedSegment:
         self._last, self._windows = None, {}
         self._load_packs(task)
         client, _ = self._started()
+        client = self._without_old_prompts(client, task)
         if self._workflow not in (None, task.recipe.workflow.file):
             client.free()  # other models: the old ones would stay in memory beside them
         if self._workflow != task.recipe.workflow.file:
@@ -166,12 +201,54 @@ class Renderer:
             width, height = task.recipe.width, task.recipe.height
             raise OutOfMemory(again.node, f"{again.reason}; {profiles.advice(width, height)}") from None
 
+    def _without_old_prompts(self, client: ComfyClient, task: SegmentTask) -> ComfyClient:
+        """The client, once the engine is idle: a prompt that was cancelled runs on to its next step.
+
+        One that goes on for long hangs, and all that is queued behind it would wait for ever: a new engine.
+        """
+        late = time.monotonic() + OLD_PROMPT_SECONDS
+        while client.queue().busy:
+            if time.monotonic() > late:
+                log.warning("GPU %d: the engine does not let go of a prompt; it is started anew", self._lane)
+                self._end_engine()
+                return self._started()[0]
+            if self._cancelled.wait(0.1):
+                raise JobCancelled(task.recipe.job)
+        return client
+
+    def _recover_memory(self, error: GraphError) -> None:
+        """After a failure: what it left in the GPU's memory would be missing in every job that comes.
+
+        The engine is asked to unload all; where far less is free than at its start, there is a new one.
+        """
+        before = self._free_memory
+        try:
+            client, _ = self._started()
+            if before is None:
+                return
+            client.free()
+            late = time.monotonic() + UNLOAD_SECONDS
+            while (free := client.free_memory() or 0) < (1 - LEFT_BEHIND) * before:
+                if time.monotonic() > late:
+                    log.warning(
+                        "GPU %d: %.1f GiB of memory are gone after a failure (%s); a new engine",
+                        self._lane,
+                        (before - free) / 2**30,
+                        error,
+                    )
+                    self._end_engine()
+                    self._started()
+                    return
+                time.sleep(0.2)  # the engine unloads when it comes to it, and tells nobody
+        except PipelineError as trouble:
+            # The job's own error is what its user has to hear; the next use, or the pool, finds this one.
+            log.warning("GPU %d: the engine is not well after a failure: %s", self._lane, trouble)
+
     def _load_packs(self, task: SegmentTask) -> None:
         """A new engine where the graph needs packs of nodes that this one was started without."""
         packs = packs_of(json.loads(task.recipe.workflow.text))
         if engine_kind(self._settings) == "comfyui" and not set(packs) <= set(self._packs):
-            self._open.close()
-            self._engine = self._client = self._workflow = None
+            self._end_engine()
             self._packs = packs
 
     def _take_less(self) -> None:
@@ -181,8 +258,7 @@ class Renderer:
         if less is None:
             client.free()
             return
-        self._open.close()
-        self._engine = self._client = None
+        self._end_engine()
         self._profile = less
 
     def _render(self, task: SegmentTask) -> RenderedSegment:
@@ -246,16 +322,21 @@ class Renderer:
         self._progress = progress
 
     @ray.method(concurrency_group="control")
-    def progress(self) -> SegmentProgress | None:
-        """How far the segment in work is."""
-        return self._progress
+    def progress(self, lease: int) -> SegmentProgress | None:
+        """How far the segment in work is; None for who has not this lease."""
+        return self._progress if lease == self._lease else None
 
     def _keep(self, window: WindowCheckpoint) -> None:
         self._windows[window.window] = self._last = window
 
     @ray.method(concurrency_group="control")
-    def windows(self, segment: int, first: int) -> tuple[WindowCheckpoint, ...]:
-        """Finished windows of the segment in work, from ``first`` on; those before are stored, and let go."""
+    def windows(self, lease: int, segment: int, first: int) -> tuple[WindowCheckpoint, ...]:
+        """Finished windows of the segment in work, from ``first`` on; those before are stored, and let go.
+
+        None for who has not this lease: segments of other jobs have the same numbers.
+        """
+        if lease != self._lease:
+            return ()
         for number, window in self._windows.copy().items():
             if window.segment == segment and number < first:
                 self._windows.pop(number, None)
@@ -265,7 +346,8 @@ class Renderer:
     def state(self) -> RendererState:
         """Who this is and what it does, for a pool that was started again."""
         node = str(ray.get_runtime_context().get_node_id())
-        return RendererState(self._lane, node, self._index, self._info, self._holder)
+        with self._turn:
+            return RendererState(self._lane, node, self._index, self._info, self._holder, self._lease)
 
     @ray.method(concurrency_group="control")
     def trouble(self) -> str | None:
@@ -282,9 +364,12 @@ class Renderer:
         return None
 
     @ray.method(concurrency_group="control")
-    def cancel(self) -> None:
-        """Stop the segment in work; ``render`` then raises ``JobCancelled``."""
-        self._cancelled.set()
+    def cancel(self, lease: int) -> None:
+        """This lease and all before it are over: their ``render`` raises ``JobCancelled``, now and later."""
+        with self._turn:
+            self._ended = max(self._ended, lease)
+            if self._lease <= self._ended:
+                self._cancelled.set()
 
     @ray.method(concurrency_group="control")
     def stop(self) -> None:

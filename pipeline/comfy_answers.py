@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypedDict
 
 from pipeline.comfy_events import Failure
-from pipeline.errors import GraphError, OutOfMemory
+from pipeline.errors import EngineError, GraphError, OutOfMemory
 from pipeline.workflow import Graph
 
 REASON_CHARACTERS = 300
@@ -45,12 +45,14 @@ def why_refused(graph: Graph, answer: Mapping[str, Any]) -> GraphError:
     return GraphError(where, reason + more)
 
 
-def why_failed(graph: Graph, failure: Failure) -> GraphError:
-    """How a node failed while the graph ran."""
+def why_failed(graph: Graph, failure: Failure) -> GraphError | EngineError:
+    """How a node failed while the graph ran; ``EngineError`` where another GPU would not."""
     reason = one_line(failure.message) or failure.exception_type or "failed without a message"
     label = _label(graph, failure.node, failure.node_type)
     if failure.out_of_memory:
         return OutOfMemory(label, f"out of memory: {reason}")
+    if failure.gpu_failed:
+        return EngineError(f"the GPU failed in {label}: {reason}")
     return GraphError(label, reason)
 
 

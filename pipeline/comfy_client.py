@@ -46,6 +46,11 @@ class EngineQueue:
     def __contains__(self, prompt_id: str) -> bool:
         return prompt_id in self.running or prompt_id in self.pending
 
+    @property
+    def busy(self) -> bool:
+        """Whether there is any prompt."""
+        return bool(self.running or self.pending)
+
 
 class ComfyClient:
     """Client of one engine at ``url`` (http://127.0.0.1:PORT); an answer may take ``timeout`` seconds.
@@ -72,6 +77,15 @@ class ComfyClient:
         """Version that the engine gives itself, "" if none."""
         system = self.system_stats().get("system")
         return str(system.get("comfyui_version") or "") if isinstance(system, dict) else ""
+
+    def free_memory(self) -> int | None:
+        """Bytes of the engine's GPU that are free; None where it has none."""
+        devices = self.system_stats().get("devices")
+        first = devices[0] if isinstance(devices, list) and devices else None
+        if not isinstance(first, dict) or first.get("type") == "cpu":
+            return None
+        free = first.get("vram_free")
+        return free if isinstance(free, int) else None
 
     def object_info(self, node: str | None = None) -> Object:
         """Schemas of all node classes, or of one; empty for a class that the engine does not know."""

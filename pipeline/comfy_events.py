@@ -29,6 +29,12 @@ class Failure:
         said = f"{self.exception_type} {self.message}".lower()
         return "outofmemory" in said or "out of memory" in said or "allocation on device" in said
 
+    @property
+    def gpu_failed(self) -> bool:
+        """Whether the GPU or its driver failed: after that, every prompt of this process fails."""
+        # torch.AcceleratorError since torch 2.8, RuntimeError before; the words are CUDA's.
+        return "AcceleratorError" in self.exception_type or "CUDA error:" in self.message
+
 
 @dataclass(frozen=True, slots=True)
 class PromptProgress:

@@ -152,3 +152,5 @@ class RendererState:
     """None until its engine has answered."""
     job: str | None
     """Whose segment is in work."""
+    lease: int
+    """And under which lease."""

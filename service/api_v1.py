@@ -368,3 +368,27 @@ async def follow(
                 yield f"id: {event.id}\nevent: {event.kind}\ndata: {data}\n\n"
 
     return StreamingResponse(lines(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+
+class GpuView(BaseModel):
+    """One GPU of the cluster."""
+
+    gpu: int
+    node: str
+    device: str | None
+    state: str = Field(description="idle, busy, starting, stopping, down or fenced")
+
+
+class PoolStatus(BaseModel):
+    """The GPUs behind this service."""
+
+    gpus: list[GpuView]
+    jobs: int = Field(description="that have GPUs, or wait for some")
+
+
+@router.get("/pool", tags=["service"], responses=ERRORS)
+def pool(request: Request, owner: Owner) -> PoolStatus:
+    """The GPUs of the cluster and what they do; none where none was needed yet."""
+    status = request.app.state.backend.pool() or {"lanes": [], "jobs": []}
+    gpus = [GpuView.model_validate(lane) for lane in status["lanes"]]
+    return PoolStatus(gpus=gpus, jobs=len(status["jobs"]))

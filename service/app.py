@@ -40,6 +40,9 @@ class Backend(Protocol):
     def state(self) -> dict[str, Any]:
         """``gpus`` that answer, ``starting``, and ``trouble``, a sentence or None.  Raises nothing."""
 
+    def pool(self) -> dict[str, Any] | None:
+        """``lanes`` and ``jobs`` of the cluster's pool of GPUs; None where there is none."""
+
 
 def create_app(settings: ServiceSettings, backend: Backend, told: Told | None = None) -> FastAPI:
     """The application; ``told`` hears of every answer.

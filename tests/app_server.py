@@ -22,6 +22,10 @@ class NoRenderers:
         """As a runner would say."""
         return {"gpus": 2, "starting": 0, "trouble": None}
 
+    def pool(self) -> dict[str, Any] | None:
+        lane = {"gpu": 0, "node": "here", "device": "a GPU", "state": "busy", "job": "secret", "speed": 1.0}
+        return {"lanes": [lane], "jobs": [{"job": "secret"}]}
+
 
 def main() -> None:
     """Serve until it is ended."""

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -79,6 +80,13 @@ async def _serve(folders: Folders, window_seconds: float, options: ServerOptions
     await DraftServer(folders, DraftNodes(folders, window_seconds), options).run()
 
 
+def _window_seconds(text: str) -> float:
+    """Of this engine's GPU, where each has its own."""
+    seconds = [float(part) for part in text.split(",")]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
+    return seconds[int(visible) % len(seconds) if visible.isdecimal() else 0]
+
+
 def _fault(text: str) -> Fault:
     try:
         return parse_fault(text)
@@ -104,10 +112,11 @@ def _parser() -> argparse.ArgumentParser:
     draft = parser.add_argument_group("standing in for a GPU, and misbehaving")
     draft.add_argument(
         "--draft-window-seconds",
-        type=float,
+        type=_window_seconds,
         default=0.0,
-        metavar="S",
-        help="a window of 81 frames takes S seconds in the sampler, a shorter one its share; 0: at once",
+        metavar="S[,S...]",
+        help="a window of 81 frames takes S seconds in the sampler, a shorter one its share; 0: at once; "
+        "several: of each GPU, by its number in CUDA_VISIBLE_DEVICES",
     )
     draft.add_argument(
         "--draft-start-seconds", type=float, default=0.0, metavar="S", help="wait before the port is opened"

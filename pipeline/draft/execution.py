@@ -92,6 +92,11 @@ class Executor:
     current_node: str | None = None
     _cache: dict[str, Result] = field(default_factory=dict)
 
+    @property
+    def loaded(self) -> bool:
+        """Whether models are (as if they were) in memory."""
+        return bool(self._cache)
+
     def free(self) -> None:
         """Forget all cached results: the next prompt executes everything."""
         self._cache.clear()

@@ -13,6 +13,8 @@ KINDS = {
     "silent": "the open WebSockets get nothing more from the middle of the sampler on; the prompt finishes",
     "crash": "the process dies in the middle of the sampler",
     "garbage": "the N-th POST /prompt and all answers after it are not JSON",
+    "broken": "from the N-th prompt on the sampler fails with a CUDA error",
+    "leak": "the sampler fails, and half of the GPU's memory stays in use until the process ends",
     "hang": "the sampler never finishes; all routes answer, an interrupt is taken and changes nothing",
 }
 DIE_AT_START = "die-at-start"
@@ -44,7 +46,7 @@ def parse_fault(text: str) -> Fault:
 
 
 def faults_of(faults: Iterable[Fault], prompt: int) -> frozenset[str]:
-    """Kinds that hit the ``prompt``-th prompt; garbage hits that one and all later ones.
+    """Kinds that hit the ``prompt``-th prompt; garbage and broken hit that one and all later ones.
 
     >>> sorted(faults_of([Fault("garbage", 2), Fault("oom", 3)], 3))
     ['garbage', 'oom']
@@ -52,5 +54,5 @@ def faults_of(faults: Iterable[Fault], prompt: int) -> frozenset[str]:
     return frozenset(
         fault.kind
         for fault in faults
-        if fault.prompt == prompt or (fault.kind == "garbage" and fault.prompt <= prompt)
+        if fault.prompt == prompt or (fault.kind in ("garbage", "broken") and fault.prompt <= prompt)
     )

@@ -258,6 +258,10 @@ def misbehave(context: Context) -> None:
             "TIPS: If the workflow worked before you might have accidentally set the batch_size to a large "
             "number.",
         )
+    if "leak" in context.faults:
+        raise NodeError("RuntimeError", "the draft engine leaks memory, as --draft-fault leak told it to")
+    if "broken" in context.faults:
+        raise NodeError("torch.AcceleratorError", "CUDA error: an illegal memory access was encountered")
     while "hang" in context.faults:
         threading.Event().wait()
 

@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 COMFYUI_VERSION = "0.33.0"
 """The ComfyUI whose protocol is spoken."""
 DEVICE_NAME = "draft engine (CPU preview, not the model)"
+GPU_BYTES, MODEL_BYTES = 24 << 30, 16 << 30
+"""What the draft engine says of a GPU's memory; it holds nothing there."""
 GARBAGE = "<html><body>this is not JSON</body></html>"
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -60,6 +62,7 @@ class DraftServer:
         self._number = 0
         self._accepted = 0
         self._garbage = False
+        self._leaked = 0
 
     async def run(self) -> None:
         """Serve until the process ends.
@@ -114,6 +117,7 @@ class DraftServer:
                 faults = faults_of(self._options.faults, item.count)
                 started = time.monotonic()
                 outcome = self._execute(item, faults)
+                self._leaked += GPU_BYTES // 2 * ("leak" in faults)
                 self._queue.done(item, outcome)
                 if self._executor.client_id is not None:
                     data = {"node": None, "prompt_id": item.prompt_id}
@@ -264,10 +268,15 @@ class DraftServer:
             "deploy_environment": "draft",
             "argv": sys.argv,
         }
-        memory = {"vram_total": total, "vram_free": free, "torch_vram_total": total, "torch_vram_free": free}
-        return web.json_response(
-            {"system": system, "devices": [{"name": DEVICE_NAME, "type": "cpu", "index": None, **memory}]}
-        )
+        left = max(0, GPU_BYTES - self._leaked - MODEL_BYTES * self._executor.loaded)
+        memory = {
+            "vram_total": GPU_BYTES,
+            "vram_free": left,
+            "torch_vram_total": GPU_BYTES,
+            "torch_vram_free": left,
+        }
+        device = {"name": DEVICE_NAME, "type": "draft", "index": 0, **memory}
+        return web.json_response({"system": system, "devices": [device]})
 
 
 def _status(remaining: int) -> dict[str, Any]:

@@ -1,0 +1,289 @@
+"""What is broken, and what has to hold afterwards: every fault on a real cluster (``fault_cluster``).
+
+Each case starts a job, breaks something for real, waits for the end and checks the video, the windows and
+what is left.  It returns what it measured.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+import wave
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from actors.pool import SILENT_SECONDS
+from pipeline.frames import check_video
+from tests.fault_cluster import (
+    Cluster,
+    Job,
+    busy_engine,
+    engines,
+    processes,
+    submit,
+    until,
+    windows_rendered,
+)
+
+FRAMES = 900
+SPARE = 2
+"""Windows that a lost segment may cost: the one in work, and the one before it, whose frames are encoded
+while the next is sampled (docs/exactness.md)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What one fault cost."""
+
+    fault: str
+    recovered: float | None
+    """Seconds from the kill until the affected work went on."""
+    ended: float
+    """Seconds from the kill to the job's end."""
+    windows: int
+    twice: int
+    """Windows that were rendered and not kept, of those finished before the fault."""
+    lost: int
+    """Segments that lost their renderer."""
+
+
+def speech(folder: Path, frames: int = FRAMES) -> Path:
+    """A sound of exactly so many frames."""
+    path = folder / f"{frames}.wav"
+    if not path.exists():
+        times = np.arange(frames * 640) / 16_000
+        sound = np.sin(2 * np.pi * 180 * times) * np.maximum(0, np.sin(2 * np.pi * 3 * times))
+        with wave.open(str(path), "wb") as file:
+            file.setparams((1, 2, 16_000, 0, "NONE", ""))
+            file.writeframes((sound * 12_000).astype("<i2").tobytes())
+    return path
+
+
+def whole(job: Job, frames: int = FRAMES) -> int:
+    """The job is done and its video is whole; its windows."""
+    assert job.finish() == 0, job.said()
+    assert "Traceback" not in job.said(), job.said()
+    check_video(job.output, frames)
+    # The plan's windows; in a finished segment the folders of its windows are joined and gone.
+    import json
+
+    plan = json.loads((job.directory / "plan.json").read_text())
+    return sum(len(segment["windows"]) for segment in plan["segments"])
+
+
+def measured(
+    fault: str, job: Job, killed: float, recovered: float | None, rendered: int, spare: int | None = None
+) -> Measured:
+    """Check the end of a job, and what it cost; ``rendered``: windows that the engines made for it."""
+    windows = whole(job)
+    twice, lost = rendered - windows, len(job.lost)
+    assert 0 <= twice <= (SPARE * lost if spare is None else spare), (twice, lost, job.said())
+    return Measured(fault, recovered, job.ended - killed, windows, twice, lost)
+
+
+def after_loss(job: Job, killed: float) -> float:
+    """Seconds until the first segment that lost its renderer goes on."""
+    until(lambda: bool(job.lost), 60)
+    segment = job.lost[0]
+    until(lambda: any(index == segment and at > killed for at, index, _ in job.seen), 60)
+    return job.next_window(segment, killed) - killed
+
+
+def kill_engine(cluster: Cluster) -> Measured:
+    """kill -9 of an engine in the middle of a window."""
+    before = windows_rendered(cluster)
+    job = submit(cluster, speech(cluster.folder), "engine")
+    job.until_windows(3)
+    pid, base = busy_engine(cluster)
+    killed = time.monotonic()
+    os.kill(pid, signal.SIGKILL)
+    recovered = after_loss(job, killed)
+    until(lambda: not base.exists(), 15)
+    job.finish()
+    return measured("engine", job, killed, recovered, windows_rendered(cluster) - before)
+
+
+def kill_renderer(cluster: Cluster) -> Measured:
+    """kill -9 of a renderer in the middle of a segment: its engine, guard and folder go with it."""
+    before = windows_rendered(cluster)
+    job = submit(cluster, speech(cluster.folder), "renderer")
+    job.until_windows(3)
+    mine = f"TEST_MARK={cluster.mark}"
+    until(lambda: bool(processes(mine, "ray::Renderer.render")), 30)
+    known = dict(engines(mine))
+    pid = processes(mine, "ray::Renderer.render")[0]
+    killed = time.monotonic()
+    os.kill(pid, signal.SIGKILL)
+    recovered = after_loss(job, killed)
+    until(lambda: sum(base.exists() for base in known.values()) < len(known), 15)
+    job.finish()
+    return measured("renderer", job, killed, recovered, windows_rendered(cluster) - before)
+
+
+def kill_node(cluster: Cluster) -> Measured:
+    """kill -9 of a raylet with two GPUs: what was on them goes on elsewhere; nothing of the node lives on."""
+    node = next(node for node in cluster.nodes if node.name == "node1" or node is cluster.nodes[-1])
+    before = windows_rendered(cluster)
+    job = submit(cluster, speech(cluster.folder), "node")
+    job.until_windows(3)
+    killed = time.monotonic()
+    (raylet,) = node.pids("raylet/raylet")
+    os.kill(raylet, signal.SIGKILL)
+    recovered = after_loss(job, killed)
+    until(lambda: not node.pids("ray::") and not engines(f"TEST_NODE={node.mark}"), 30)
+    job.finish()
+    result = measured("node", job, killed, recovered, windows_rendered(cluster) - before)
+    node.kill()
+    cluster.nodes.remove(node)
+    replace_node(cluster)
+    return result
+
+
+def replace_node(cluster: Cluster) -> None:
+    """A node with two GPUs in the dead one's place."""
+    cluster.add_node(2)
+
+
+def kill_driver(cluster: Cluster) -> Measured:
+    """kill -9 of the command: its GPUs come free; the same command goes on with what is kept."""
+    before = windows_rendered(cluster)
+    job = submit(cluster, speech(cluster.folder), "driver")
+    job.until_windows(3)
+    with cluster.connected() as pool:
+        assert pool.holders()
+        killed = time.monotonic()
+        job.process.kill()
+        until(lambda: not pool.holders() and "stopping" not in pool.states(), SILENT_SECONDS + 15)
+        recovered = time.monotonic() - killed
+    job.finish()
+    kept = len(job.seen)
+    again = submit(cluster, speech(cluster.folder), "driver")
+    again.finish()
+    # What its renderers had in work and had finished, but nobody fetched any more, is rendered again.
+    rendered = windows_rendered(cluster) - before
+    result = measured("driver", again, killed, recovered, rendered, spare=4 * SPARE)
+    assert kept >= 3
+    return result
+
+
+def stop_driver(cluster: Cluster) -> Measured:
+    """SIGSTOP of the command for longer than the pool waits: others get its GPUs; it wakes and goes on."""
+    before = windows_rendered(cluster)
+    job = submit(cluster, speech(cluster.folder), "stopped")
+    job.until_windows(3)
+    os.kill(job.process.pid, signal.SIGSTOP)
+    killed = time.monotonic()
+    other = submit(cluster, speech(cluster.folder, 300), "other")
+    other.until_windows(1)
+    recovered = other.seen[0][0] - killed
+    os.kill(job.process.pid, signal.SIGCONT)
+    extra = whole(other, 300)
+    job.finish()
+    rendered = windows_rendered(cluster) - before - extra
+    return measured("driver that stood still", job, killed, recovered, rendered, spare=4 * SPARE)
+
+
+def kill_pool(cluster: Cluster) -> Measured:
+    """kill -9 of the pool: segments in work go on; the next pool takes the renderers over."""
+    before = windows_rendered(cluster)
+    job = submit(cluster, speech(cluster.folder), "pool")
+    job.until_windows(3)
+    mine = f"TEST_MARK={cluster.mark}"
+    known = set(engines(mine))
+    (pid,) = processes(mine, "ray::GpuPool")
+    killed = time.monotonic()
+    os.kill(pid, signal.SIGKILL)
+    with cluster.connected() as pool:
+        until(lambda: bool(pool.holders()) or job.process.poll() is not None, 60)
+        recovered = time.monotonic() - killed
+    job.finish()
+    assert set(engines(mine)) == known, "engines were started anew"
+    assert not job.lost
+    return measured("pool", job, killed, recovered, windows_rendered(cluster) - before)
+
+
+def hang(cluster: Cluster) -> Measured:
+    """Engines that accept a window and never finish it: found by the lack of progress, and replaced."""
+    return _misbehave(cluster, "hang", INFINITETALK_STALLED_SECONDS="4")
+
+
+def garbage(cluster: Cluster) -> Measured:
+    """Engines that answer with what is no JSON: replaced."""
+    return _misbehave(cluster, "garbage")
+
+
+def _misbehave(cluster: Cluster, fault: str, **env: str) -> Measured:
+    before = windows_rendered(cluster)
+    args = f"--draft-window-seconds 0.5 --draft-fault {fault}@3"
+    job = submit(cluster, speech(cluster.folder), fault, draft_args=args, **env)
+    job.until_windows(2)
+    killed = time.monotonic()
+    recovered = after_loss(job, killed)
+    job.finish()
+    return measured(fault, job, killed, recovered, windows_rendered(cluster) - before)
+
+
+def fill_disk(cluster: Cluster) -> Measured:
+    """The disk of the job's directory fills up: the job says so; with space, the same command completes."""
+    disk = cluster.folder / "disk"
+    disk.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", disk], check=True)
+    try:
+        before = windows_rendered(cluster)
+        job = submit(cluster, speech(cluster.folder), "disk", folder=disk / "job")
+        job.until_windows(3)
+        killed = time.monotonic()
+        filler = disk / "filler"
+        with filler.open("wb") as file:
+            try:
+                while True:
+                    file.write(bytes(1 << 16))
+                    file.flush()
+            except OSError:
+                pass
+        assert job.finish() == 3, job.said()
+        recovered = job.ended - killed
+        assert "No space left" in job.said(), job.said()
+        assert "Traceback" not in job.said(), job.said()
+        assert not job.output.exists()
+        assert not [path for path in (disk / "job").rglob("*") if "partial" in path.name]
+        filler.unlink()
+        again = submit(cluster, speech(cluster.folder), "disk", folder=disk / "job")
+        again.finish()
+        rendered = windows_rendered(cluster) - before
+        # One window of each of the four segments in work may be lost with the job, and the one before it.
+        return measured("full disk", again, killed, recovered, rendered, spare=4 * SPARE)
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+CASES: dict[str, Callable[[Cluster], Measured]] = {
+    "engine": kill_engine,
+    "renderer": kill_renderer,
+    "node": kill_node,
+    "driver": kill_driver,
+    "stopped": stop_driver,
+    "pool": kill_pool,
+    "disk": fill_disk,
+    "hang": hang,
+    "garbage": garbage,
+}
+"""On one cluster, one after the other."""
+
+
+@contextmanager
+def cluster_of(folder: Path) -> Iterator[Cluster]:
+    """A head and two nodes with two GPUs each; afterwards nothing of it is left."""
+    cluster = Cluster(folder)
+    try:
+        yield cluster.start()
+    finally:
+        left = cluster.stop()
+    assert not left, f"{len(left)} processes had to be killed"
+    assert not list(cluster.scratch.glob("infinitetalk-engine-*")), "folders of engines are left"
