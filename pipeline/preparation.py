@@ -86,6 +86,7 @@ class Preparation:
             motion=plan.motion,
             negative=request.negative_prompt,
             presets=tuple((name, value) for name, value in given.items() if value is not None),
+            color_match=request.color_match,
         )
 
     def task(

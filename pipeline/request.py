@@ -104,6 +104,8 @@ class RenderRequest(BaseModel):
     """Frames that neighbouring segments share; default: chosen by the planner."""
     seam: SeamMethod = "morph"
     """How segments are joined: rendered segments serve all of them."""
+    color_match: bool = True
+    """Take out what a window's colours drift from the picture that conditions it, before it is encoded."""
     use_multi_gpu: bool = True
     continuity: Continuity = "segments"
     """``exact``: one chain of windows from the first frame to the last, on one GPU, without a seam."""
