@@ -94,19 +94,55 @@ class Pair:
     earlier: Stack
     later: Stack
     colours: Colours
+    shares: tuple[float, ...]
+    """How far the way from the earlier one's colours to the later one's is gone at each frame."""
+
+    @classmethod
+    def eased(cls, earlier: Stack, later: Stack, colours: Colours) -> Pair:
+        """The way is gone evenly, but for frames whose own means change: their steps are short, or none."""
+        return cls(earlier, later, colours, _shares(earlier, later, colours))
 
     def __len__(self) -> int:
         return len(self.earlier)
 
     def at(self, t: int) -> tuple[Frame, Frame]:
         """Frame ``t`` of the earlier and of the later rendering."""
-        share = (t + 1) / (len(self) + 1)
+        share = self.shares[t]
         gain, offset = self.colours.gain, self.colours.offset
         if not self.colours.gap and (gain == 1).all():
             return self.earlier[t], self.later[t]
         ahead = mapped(self.earlier[t], 1 + share * (gain - 1), share * offset)
         back = mapped(self.later[t], 1 + (1 - share) * (1 / gain - 1), -(1 - share) * offset / gain)
         return ahead, back
+
+
+def _shares(earlier: Stack, later: Stack, colours: Colours) -> tuple[float, ...]:
+    """Such that the largest step of any channel's mean, in either rendering, is as small as it can be."""
+    if not colours.gap:
+        return tuple((t + 1) / (len(earlier) + 1) for t in range(len(earlier)))
+    levels = [np.array([cv2.mean(frame)[:3] for frame in frames]) for frames in (earlier, later)]
+    way = (colours.gain - 1) * levels[0].mean(0) + colours.offset
+    # What a channel's mean does on its own, along the way.  Not known of the steps into the first and out of
+    # the last frame: as much as usually at most.
+    own = np.zeros((2, len(earlier) + 1, 3))
+    if len(earlier) > 1:
+        own[:, 1:-1] = [np.diff(means, axis=0) * np.sign(way) for means in levels]
+        own[:, [0, -1]] = np.percentile(np.abs(own[:, 1:-1]), 90, axis=1)[:, None]
+    least, most = 0.0, float(np.abs(own).max() + np.abs(way).max())
+    for _ in range(40):
+        limit = (least + most) / 2
+        if _steps(limit, own, way).sum() < 1:
+            least = limit
+        else:
+            most = limit
+    steps = _steps(most, own, way)
+    return tuple(float(share) for share in np.cumsum(steps / steps.sum())[:-1])
+
+
+def _steps(limit: float, own: Floats, way: Floats) -> Floats:
+    """Shares of the way that each step may take if no mean is to change by more than ``limit``."""
+    free = (limit - own) / np.maximum(np.abs(way), 1e-6)
+    return np.asarray(np.clip(free, 0, 1).min(axis=(0, 2)))
 
 
 def mapped(frame: Frame, gain: Floats, offset: Floats) -> Frame:
