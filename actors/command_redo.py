@@ -15,7 +15,7 @@ from pipeline.errors import JobCancelled
 from pipeline.redo import Side
 from pipeline.settings import Settings
 
-COLUMNS = ("verdict", "jump", "natural", "ghosting", "sharpness", "colour_step")
+COLUMNS = ("verdict", "jump", "natural", "speed", "ghosting", "sharpness", "colour_step")
 
 
 def add_command(commands: Any) -> None:

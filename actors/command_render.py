@@ -85,6 +85,12 @@ def add_command(commands: Any) -> None:
     output.add_argument(
         "--seam", choices=get_args(SeamMethod), default="morph", help="how segments are joined"
     )
+    output.add_argument(
+        "--color-match",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="take out what colours drift from the picture (default: yes)",
+    )
     output.add_argument("--seed", type=int, default=0, help="another seed, another take (default: 0)")
     model = command.add_argument_group("model")
     model.add_argument(
@@ -171,6 +177,7 @@ def run(options: argparse.Namespace) -> int:
                 fps=options.fps,
                 overlap_frames=options.overlap_frames,
                 seam=options.seam,
+                color_match=options.color_match,
                 use_multi_gpu=not options.no_multi_gpu,
                 continuity=options.continuity,
                 max_chain_seconds=options.max_chain_seconds,

@@ -13,7 +13,18 @@ from pipeline.job import JobDirectory, finished
 from pipeline.seam import SeamReport
 from pipeline.seam_picture import draw_seams
 
-COLUMNS = ("frame", "frames", "method", "verdict", "jump", "natural", "ghosting", "sharpness", "colour_step")
+COLUMNS = (
+    "frame",
+    "frames",
+    "method",
+    "verdict",
+    "jump",
+    "natural",
+    "speed",
+    "ghosting",
+    "sharpness",
+    "colour_step",
+)
 
 
 def add_command(commands: Any) -> None:

@@ -165,7 +165,13 @@ class LeasedRenderers:
         Others that are being started are waited for, some seconds at most.
         Raises the error of the first engine where none starts.
         """
-        infos = _once_started(lambda: self._pool.ask("share", self._entry), OTHERS_SECONDS)
+
+        def look() -> tuple[PoolView, Sequence[RendererInfo]]:
+            view, infos = self._pool.ask("share", self._entry)
+            self._view = view  # `lanes` may be asked before the first answer to `_keep_asking`
+            return view, infos
+
+        infos = _once_started(look, OTHERS_SECONDS)
         self._entry = replace(self._entry, planned=True)
         return infos
 

@@ -1,4 +1,4 @@
-"""Between an engine and a segment's files: uploads, finished frames, and what was run for them.
+"""Between an engine and a segment's files: uploads, finished frames in true colours, what was run for them.
 
 What all segment runners share (``segment``, ``wrapper_segment``).  No windows, no Ray.
 """
@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image
 
+from pipeline.colour_drift import NOTHING, DriftCorrection, find_drift
 from pipeline.comfy_answers import OutputFile
 from pipeline.comfy_client import ComfyClient
 from pipeline.comfy_events import PromptProgress
-from pipeline.errors import EngineError, GraphError
+from pipeline.errors import EngineError, GraphError, MediaError
 from pipeline.messages import NodeRuns, SegmentTask
 from pipeline.segment_files import Frame, SegmentWriter
 from pipeline.workflow import Graph
@@ -42,6 +43,7 @@ class FrameShelf:
     def __init__(self, client: ComfyClient, task: SegmentTask, discard: Discard) -> None:
         self._client, self._discard = client, discard
         self._shape = (task.recipe.height, task.recipe.width, 3)
+        self._match = task.recipe.color_match
 
     def fetch(self, file: OutputFile) -> Frame:
         """One decoded frame."""
@@ -59,18 +61,36 @@ class FrameShelf:
             )
         return frame
 
+    def colours(self, references: Sequence[Frame], frame_at: Callable[[int], Frame]) -> DriftCorrection:
+        """What has to be done to the colours of some frames, as ``find_drift``; nothing if not asked for."""
+        return find_drift(references, frame_at) if self._match else NOTHING
+
     def store(
-        self, writer: SegmentWriter, early: list[OutputFile], late: list[OutputFile], last: list[Frame]
+        self,
+        writer: SegmentWriter,
+        early: list[OutputFile],
+        late: list[OutputFile],
+        last: list[Frame],
+        colours: DriftCorrection,
     ) -> None:
-        """Write frames: ``early`` are still to be fetched, ``last`` are those of ``late``.
+        """Write frames: ``early`` are still to be fetched and corrected, ``last`` are ``late``, corrected.
 
         The last window may be longer than what is left of the segment: what is too much is dropped.
         """
-        for file in early[: writer.missing]:
-            writer.write(self.fetch(file))
+        for t, file in enumerate(early[: writer.missing]):
+            writer.write(colours.corrected(t, self.fetch(file)))
         for frame in last[: writer.missing]:
             writer.write(frame)
         self._discard(early + late)
+
+
+def picture_of(png: bytes) -> Frame:
+    """The pixels of one of the job's own pictures.  Raises ``MediaError``."""
+    try:
+        with Image.open(io.BytesIO(png)) as opened:
+            return np.asarray(opened.convert("RGB"))
+    except (OSError, SyntaxError) as error:
+        raise MediaError(f"a picture of the job can't be read: {error}") from None
 
 
 def upload(client: ComfyClient, content: bytes, suffix: str) -> str:

@@ -32,6 +32,8 @@ class Recipe:
     """The negative prompt, for workflows that take one."""
     presets: tuple[tuple[str, object], ...] = ()
     """Slots whose value the request gives in place of the workflow's own."""
+    color_match: bool = False
+    """Whether frames get their picture's colours before they are encoded (``colour_drift``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +90,8 @@ class WindowCheckpoint:
     files: dict[str, Blob]
     """``SegmentFiles.to_arrays`` of its frames: parts of the segment's head, body and tail."""
     motion: Blob | None
-    """Its last ``Recipe.motion`` frames, lossless (``motion_frames.pack``); None for the last window."""
+    """Its last ``Recipe.motion`` frames as they are shown, lossless (``motion_frames.pack``); None for the
+    last window."""
 
 
 @dataclass(frozen=True, slots=True)

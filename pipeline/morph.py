@@ -42,6 +42,11 @@ SHARP = 6
 """Power of the costs: the higher, the more only the fastest frame counts."""
 EVEN = 0.02
 """Weight of an even pace where nothing else decides."""
+SOFT = 2
+"""Frames on either side over which a way is smoothed."""
+UNLIKE = 4
+"""Cost of changing the texture where the renderings differ twice as much as they could, in steps that are as
+fast as the renderings usually are at most."""
 TEXTURE = 5
 """Frames in which the texture changes."""
 TRUST = 0.7
@@ -90,22 +95,13 @@ def plan_way(pair: Pair, warm_up: int, weights: Sequence[float]) -> Way:
         (_root_mean_square(cv2.absdiff(a, b)) + LEAST_GAP) * weight
         for (a, _), b, weight in zip(pictures, moved, weights[warm_up:], strict=True)
     ]
-    best = costs.index(min(costs))
     speed = max(_usual(ahead, back), LEAST_SPEED)
     wanted = max(math.ceil(STRETCH * max(map(reach, apart)) / speed), SHORTEST)
-    length = min(wanted, len(frames))
-    first = min(max(best - length // 2, 0), len(frames) - length)
-    last = first + length
-    inside = _pace(
-        ahead[max(first - 1, 0) : last],
-        back[max(first - 1, 0) : last],
-        apart[first:last],
-        [luma(a) for a, _ in pictures[first:last]],
-        lacking=(first == 0, last == len(frames)),
-    )
-    pose = [*[0.0] * first, *inside, *[1.0] * (len(frames) - last)]
+    pose = _pace(ahead, back, apart, [luma(a) for a, _ in pictures], wanted, costs)
+    first = next((t for t, share in enumerate(pose) if share > 0), len(frames) - 1)
+    last = next((t for t, share in enumerate(pose) if share == 1), len(frames))
     # Far from the middle of the way one rendering alone would have to go nearly all of it.
-    far = [1 + 2 * max(0.0, abs(2 * place - 1) - 0.5) for place in inside]
+    far = [1 + 2 * max(0.0, abs(2 * place - 1) - 0.5) for place in pose[first:last]]
     change = _change([cost * more for cost, more in zip(costs[first:last], far, strict=True)])
     texture = [*[0.0] * first, *change, *[1.0] * (len(frames) - last)]
     middle = min(range(len(frames)), key=lambda t: abs(texture[t] - 0.5))
@@ -140,47 +136,91 @@ def _pace(
     back: list[Flow],
     apart: list[Flow],
     pictures: list[Luma],
-    lacking: tuple[bool, bool],
+    wanted: int,
+    differences: Sequence[float],
 ) -> list[float]:
     """The share of the way at each frame: the path of least cost from 0 before the first to 1 after the last.
 
-    ``ahead`` and ``back`` hold the steps into, between and out of the frames; of the first and the last of
-    them one may be ``lacking`` because it lies outside the overlap: its neighbour stands in.
-    A step's cost grows with its speed and its change of luma, each relative to what the renderings do.
+    ``ahead`` and ``back`` hold the steps between the frames; those into the first and out of the last are
+    taken to be like their neighbours.  A step's cost grows with its speed and its change of luma, each
+    relative to what the renderings do.  Staying at 0 or at 1 costs nothing, so the way leaves out frames in
+    which the renderings themselves are fast; a way that is much shorter or longer than ``wanted`` costs.
+    Half way, the texture changes: the ``differences`` of the renderings there count too.
     """
     count = len(apart)
     points = [_points(flow) for flow in apart]
     edge = np.zeros_like(points[0])
     a, b = ([_points(flow) for flow in flows] or [edge] for flows in (ahead, back))
-    for flows in (a, b):
-        flows[:0] = flows[:1] * lacking[0]
-        flows += flows[-1:] * (count + 1 - len(flows))
+    a, b = ([flows[0], *flows, flows[-1]][: count + 1] for flows in (a, b))
     slopes = [_points(_slope(picture)) for picture in pictures]
     natural_speed = max(float(np.percentile([_speed(v) for v in (*a, *b)], 95)), 0.05)
     natural_change = max(float(np.percentile([_changes(v, slopes[0]) for v in (*a, *b)], 95)), 0.05)
     shares = np.arange(LEVELS + 1) / LEVELS
     widest = min(LEVELS, max(4, 6 * LEVELS // (count + 1)))
-    best = np.full(LEVELS + 1, np.inf)
-    best[0] = 0.0
-    came = []
+    costs = np.full((count + 1, widest + 1, LEVELS + 1), np.inf)
+    """Of step i by so many levels to a level."""
     for i in range(count + 1):
         gap = 0.5 * (points[max(i - 1, 0)] + points[min(i, count - 1)])
         slope = slopes[min(i, count - 1)]
-        costs = np.full((widest + 1, LEVELS + 1), np.inf)
         for step in range(widest + 1):
             mean = shares[: LEVELS + 1 - step] + step / (2 * LEVELS)
             flow = (1 - mean)[:, None, None] * a[i] + mean[:, None, None] * b[i] + step / LEVELS * gap
             cost = (_speed(flow) / natural_speed) ** SHARP + (_changes(flow, slope) / natural_change) ** SHARP
-            costs[step, step:] = best[: LEVELS + 1 - step] + cost + EVEN * (step * (count + 1) / LEVELS) ** 2
-        came.append(costs.argmin(0))
-        best = costs.min(0)
-    levels = [LEVELS]
-    for choice in reversed(came):
-        levels.append(levels[-1] - int(choice[levels[-1]]))
-    pose = np.asarray(levels[::-1], np.float64) / LEVELS
+            costs[i, step, step:] = cost + EVEN * (1 + (step * wanted / LEVELS) ** 2)
+    resting = costs[:, 0, [0, -1]].copy()
+    costs[:, 0, [0, -1]] = 0.0
+    for i in range(count + 1):  # smoothing lets a way begin two frames earlier and end two frames later
+        leaving = np.arange(1, widest + 1)
+        costs[i, leaving, leaving] += resting[max(i - SOFT, 0) : i, 0].sum()
+        costs[i, 1:, LEVELS] += resting[i + 1 : i + 1 + SOFT, 1].sum()
+    levels = _least_path(
+        costs, [UNLIKE * (_around(differences, t) / min(differences) - 1) for t in range(count)]
+    )
+    pose = np.asarray(levels, np.float64) / LEVELS
     padded = np.concatenate([[0.0, 0.0], pose, [1.0, 1.0]])
     smooth = np.convolve(padded, [1 / 9, 2 / 9, 3 / 9, 2 / 9, 1 / 9], "valid")
     return [float(share) for share in smooth[1:-1]]
+
+
+def _around(values: Sequence[float], t: int) -> float:
+    """Mean of those in which the texture would change."""
+    return float(np.mean(values[max(t - TEXTURE // 2, 0) : t + TEXTURE // 2 + 1]))
+
+
+def _least_path(costs: Floats, halfway: Sequence[float]) -> list[int]:
+    """The cheapest levels from 0 in front of the first frame to the last level behind the last frame.
+
+    ``costs[i, step, level]``: of coming to ``level`` by ``step`` at frame ``i``; ``halfway``: of being in the
+    middle half of the levels at one frame, which some frame has to be.
+    """
+    count, widest = len(halfway), costs.shape[1] - 1
+    to = np.full((count + 1, LEVELS + 1), np.inf)
+    came = np.zeros((count + 1, LEVELS + 1), int)
+    before = np.where(np.arange(LEVELS + 1), np.inf, 0.0)
+    for i in range(count + 1):
+        ways = costs[i].copy()
+        for step in range(widest + 1):
+            ways[step, step:] += before[: LEVELS + 1 - step]
+        came[i], to[i] = ways.argmin(0), ways.min(0)
+        before = to[i]
+    on = np.where(np.arange(LEVELS + 1) < LEVELS, np.inf, 0.0)
+    rest = np.full((count, LEVELS + 1), np.inf)
+    went = np.zeros((count, LEVELS + 1), int)
+    for i in reversed(range(count)):
+        ways = np.full((widest + 1, LEVELS + 1), np.inf)
+        for step in range(widest + 1):
+            ways[step, : LEVELS + 1 - step] = costs[i + 1, step, step:] + on[step:]
+        went[i], rest[i] = ways.argmin(0), ways.min(0)
+        on = rest[i]
+    middle = slice(LEVELS // 4, 3 * LEVELS // 4 + 1)
+    totals = (to[:count] + rest)[:, middle] + np.asarray(halfway)[:, None]
+    frame, level = divmod(int(totals.argmin()), totals.shape[1])
+    levels = [level + LEVELS // 4]
+    for i in range(frame, -1, -1):
+        levels.insert(0, levels[0] - int(came[i, levels[0]]))
+    for i in range(frame, count):
+        levels.append(levels[-1] + int(went[i, levels[-1]]))
+    return levels
 
 
 def _points(flow: Flow) -> Floats:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -91,6 +91,7 @@ class Preparation:
             motion=plan.motion,
             negative=request.negative_prompt,
             presets=tuple((name, value) for name, value in given.items() if value is not None),
+            color_match=request.color_match,
         )
 
     def task(
@@ -109,6 +110,8 @@ class Preparation:
         todo = slice(first, first + TASK_WINDOWS)
         starts, windows = window_starts(segment, plan.motion)[todo], segment.windows[todo]
         overlaps = (0, *plan.overlaps, 0)
+        last = segment.index + 1 == len(plan.segments)
+        after = None if last else plan.segments[segment.index + 1].start
         context: tuple[int, ...] = ()
         if recipe.workflow.has("context"):
             context = tuple(min(SPEECH_MARGIN, start) for start in starts)
@@ -124,7 +127,7 @@ class Preparation:
             windows=segment.windows,
             head=overlaps[segment.index],
             tail=overlaps[segment.index + 1],
-            portraits=self._pictures(starts),
+            portraits=self._pictures(picture_frames(starts, windows, after)),
             speech=speech[0],
             attempt=attempt,
             context=context,
@@ -148,11 +151,11 @@ class Preparation:
             cuts.append(cut_speech(track.path, start - before, before + length + 1, SPEECH_MARGIN - 1))
         return tuple(cuts)
 
-    def _pictures(self, starts: list[int]) -> tuple[bytes, ...]:
+    def _pictures(self, frames: list[int]) -> tuple[bytes, ...]:
         if self.portrait is not None:
             return (self.portrait.read_bytes(),)
         assert self.video is not None
-        return tuple(self.video.png_at(start, self.width, self.height) for start in starts)
+        return tuple(self.video.png_at(frame, self.width, self.height) for frame in frames)
 
 
 def window_starts(segment: Segment, motion: int) -> list[int]:
@@ -165,6 +168,21 @@ def window_starts(segment: Segment, motion: int) -> list[int]:
     for length in segment.windows[:-1]:
         starts.append(starts[-1] + length - motion)
     return starts
+
+
+def picture_frames(starts: Sequence[int], windows: Sequence[int], after: int | None) -> list[int]:
+    """The frame of a source video that conditions each window of a segment: that at the window's start.
+
+    ``after`` is where the next segment starts: windows that reach so far get that frame, which is also the
+    first picture of the next segment.  So both renderings of an overlap follow one picture.
+
+    >>> picture_frames([100, 172, 244], [81, 81, 81], 285)
+    [100, 172, 285]
+    """
+    return [
+        start if after is None or start + length <= after else after
+        for start, length in zip(starts, windows, strict=True)
+    ]
 
 
 def prepare(

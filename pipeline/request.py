@@ -107,6 +107,8 @@ class RenderRequest(BaseModel):
     """Frames that neighbouring segments share; default: chosen by the planner."""
     seam: SeamMethod = "morph"
     """How segments are joined: rendered segments serve all of them."""
+    color_match: bool = True
+    """Take out what a window's colours drift from the picture that conditions it, before it is encoded."""
     use_multi_gpu: bool = True
     gpu_count: int | None = Field(default=None, ge=1)
     continuity: Continuity = "segments"

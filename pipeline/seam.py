@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from pipeline import seam_metrics
-from pipeline.colours import Colours, Pair, Stack
+from pipeline.colours import Colours, Pair, Stack, small
 from pipeline.frames import Frame
 from pipeline.morph import TRUST, Morph, mixed, plan_way
 from pipeline.plan import WARM_UP as WARM_UP
@@ -31,6 +31,12 @@ LONG_CROSSFADE = 40
 
 ALIKE = 0.25
 """Of the usual move from frame to frame: renderings that differ by less are cut, not morphed."""
+
+SPEED_SIDE = 400
+"""Pixels of the longer side of the copies on which speed is measured."""
+
+LEAST_SPEED = 0.1
+"""Pixels of these copies per frame that count as motion where nothing moves."""
 
 PAUSE_DB, SPEECH_DB = -45.0, -20.0
 """Levels of a frame of speech (of -23 LUFS) at which a mouth is closed, and free to be anything."""
@@ -52,6 +58,9 @@ class SeamReport:
     """99th percentile of the clip's moves away from seams, in the same medians: what motion does."""
     median: float
     """The median itself, in grey levels."""
+    speed: float
+    """Largest optical flow through the transition, over the larger of what is natural and of what either
+    rendering does on its own in these frames; 1 is no faster."""
     sharpness: float
     """Detail of the transition's frames over that of the renderings; 1 is as sharp."""
     ghosting: float
@@ -71,7 +80,7 @@ class SeamReport:
         """The same seam beside the whole clip's moves; all three in grey levels."""
         unit = max(median, seam_metrics.LEAST_MOVE)
         ratio = jump / max(natural, unit)
-        word = seam_metrics.verdict(ratio, self.ghosting, self.sharpness, self.colour_step)
+        word = seam_metrics.verdict(ratio, self.speed, self.ghosting, self.sharpness, self.colour_step)
         relative = round(jump / unit, 2), round(natural / unit, 2)
         return replace(self, jump=relative[0], natural=relative[1], median=round(median, 3), verdict=word)
 
@@ -97,15 +106,15 @@ def join_overlap(
     warm_up = min(warm_up, count - 1)
     if np.array_equal(earlier[warm_up:], later[warm_up:]):
         colours = Colours.unchanged()
-        pair = Pair(earlier, later, colours)
+        pair = Pair.eased(earlier, later, colours)
         made = _cut(pair, warm_up)
     elif method == "crossfade":
         colours = Colours.between(earlier[warm_up:], later[warm_up:])
-        pair = Pair(earlier, later, Colours.unchanged())
+        pair = Pair.eased(earlier, later, Colours.unchanged())
         made = _crossfade(pair, min(LONG_CROSSFADE, count), warm_up)
     else:
         colours = Colours.between(earlier[warm_up:], later[warm_up:])
-        pair = Pair(earlier, later, colours)
+        pair = Pair.eased(earlier, later, colours)
         weights = _weights(levels, count)
         differences = [seam_metrics.difference(*pair.at(t)) for t in range(warm_up, count)]
         usual = seam_metrics.unit(_moves(pair, warm_up))
@@ -118,7 +127,7 @@ def join_overlap(
             made = _morph(pair, warm_up, weights)
             if made.agreement < TRUST:
                 # Not the same scene: nothing to align, and colours of different things are not matched.
-                agreement, pair = made.agreement, Pair(earlier, later, Colours.unchanged())
+                agreement, pair = made.agreement, Pair.eased(earlier, later, Colours.unchanged())
                 length = min(CROSSFADE, count - warm_up)
                 made = replace(_crossfade(pair, length, warm_up, best), agreement=agreement)
     return made.frames, _report(pair, made, warm_up, start, levels, colours.gap)
@@ -179,6 +188,19 @@ def _moves(pair: Pair, warm_up: int) -> list[float]:
     ]
 
 
+def _speed(pair: Pair, made: _Join, warm_up: int) -> float:
+    """``SeamReport.speed``, on small copies."""
+    # From the frame before the transition to the one after it.
+    first, stop = max(made.first - 1, 0), min(made.stop + 1, len(pair))
+    alone = []
+    for rendering, begin in ((pair.earlier, 0), (pair.later, warm_up)):
+        found = seam_metrics.speeds(small(frame, SPEED_SIDE) for frame in rendering[begin:])
+        alone.append(seam_metrics.natural(found))
+        alone += found[max(first - begin, 0) : max(stop - 1 - begin, 0)]
+    shown = seam_metrics.speeds(small(frame, SPEED_SIDE) for frame in made.frames[first:stop])
+    return max(shown, default=0.0) / max(*alone, LEAST_SPEED)
+
+
 def _report(
     pair: Pair, made: _Join, warm_up: int, start: int, levels: Sequence[float] | None, gap: float
 ) -> SeamReport:
@@ -197,6 +219,7 @@ def _report(
         jump=0.0,
         natural=0.0,
         median=0.0,
+        speed=round(_speed(pair, made, warm_up), 2),
         sharpness=round(float(np.mean([sharp for _, sharp in looks])), 3),
         ghosting=round(min(similar for similar, _ in looks), 4),
         agreement=round(made.agreement, 3),

@@ -3,7 +3,8 @@
 Pictures in, numbers out; how a seam is made is ``seam``'s business.  Definitions (docs/seams.md):
 
     move        mean absolute difference of luma between neighbouring frames, half size, of 255
-    speed       97th percentile of the optical flow between neighbouring frames, pixels
+    speed       97th percentile of the optical flow between neighbouring frames, pixels; a seam's is over the
+                larger of what is natural and of what a rendering does on its own in the same frames
     detail      variance of the Laplacian of luma
     ghosting    SSIM to the nearer rendering after aligning it by optical flow: a face that only moved
                 scores 1, a double image does not
@@ -28,9 +29,9 @@ from pipeline.timeline import FPS
 LEAST_MOVE = 0.1
 """Grey levels that count as motion where nothing moves, so that nothing is divided by zero."""
 
-GOOD = {"jump": 1.3, "ghosting": 0.98, "sharpness": 0.85, "colour_step": 0.5}
+GOOD = {"jump": 1.3, "speed": 1.1, "ghosting": 0.98, "sharpness": 0.85, "colour_step": 0.5}
 """Limits of a seam that is not found: jump in natural 99th percentiles, the others as defined above."""
-VISIBLE = {"jump": 2.0, "ghosting": 0.9, "sharpness": 0.5, "colour_step": 2.0}
+VISIBLE = {"jump": 2.0, "speed": 1.6, "ghosting": 0.9, "sharpness": 0.5, "colour_step": 2.0}
 """Limits of one that a careful viewer finds; what is beyond is bad.  A 40-frame crossfade of two poses has
 ghosting of 0.84 to 0.92 and a sharpness of 0.5, a hard cut a jump of 2.5 to 5."""
 
@@ -164,6 +165,8 @@ class Judged(Protocol):
     @property
     def natural(self) -> float: ...
     @property
+    def speed(self) -> float: ...
+    @property
     def ghosting(self) -> float: ...
     @property
     def sharpness(self) -> float: ...
@@ -175,17 +178,19 @@ def excess(seam: Judged) -> float:
     """The measure of a verdict that is nearest to its limit, or farthest beyond: 1 or less is ``good``."""
     return max(
         seam.jump / max(seam.natural, 1.0) / GOOD["jump"],
+        seam.speed / GOOD["speed"],
         (1 - seam.ghosting) / (1 - GOOD["ghosting"]),
         (1 - seam.sharpness) / (1 - GOOD["sharpness"]),
         seam.colour_step / GOOD["colour_step"],
     )
 
 
-def verdict(jump: float, ghosting: float, sharpness: float, colour_step: float) -> str:
+def verdict(jump: float, speed: float, ghosting: float, sharpness: float, colour_step: float) -> str:
     """``good``, ``visible`` or ``bad``; ``jump`` in natural 99th percentiles."""
     for word, limits in (("good", GOOD), ("visible", VISIBLE)):
         if (
             jump <= limits["jump"]
+            and speed <= limits["speed"]
             and ghosting >= limits["ghosting"]
             and sharpness >= limits["sharpness"]
             and colour_step <= limits["colour_step"]

@@ -60,7 +60,7 @@ def _caption(seam: SeamReport, number: int) -> str:
     return (
         f"seam {number}: {seam.verdict}   {seam.method} of {seam.frames} frames at {seam.frame}"
         f" ({seam.frame / FPS:.2f} s)   jump {seam.jump:.2f} medians, natural p99 {seam.natural:.2f}"
-        f"   aligned SSIM {seam.ghosting:.3f}   sharpness {seam.sharpness:.2f}"
+        f"   speed {seam.speed:.2f}   aligned SSIM {seam.ghosting:.3f}   sharpness {seam.sharpness:.2f}"
         f"   colour step {seam.colour_step:.2f} (gap {seam.colour_gap:.2f}){sound}"
     )
 

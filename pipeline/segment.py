@@ -2,8 +2,10 @@
 
 A window is one prompt: it is the unit of progress and of cancelling, and a chain of windows in one graph
 would cost memory quadratically in ComfyUI.  A finished window leaves as a ``WindowCheckpoint``, and nothing
-of it stays here, so that a chain can be of any length and be continued by anybody.  How to talk to the engine
-is in ``comfy_client``, how frames become files in ``segment_files``.  No Ray, no planning.
+of it stays here, so that a chain can be of any length and be continued by anybody.  Its frames are in their
+picture's colours by then, and these are what the next window continues, so that a drift does not add up.
+How to talk to the engine is in ``comfy_client``, how frames become files in ``segment_files``.  No Ray, no
+planning.
 """
 
 from __future__ import annotations
@@ -21,12 +23,13 @@ from pathlib import Path
 import numpy as np
 
 from pipeline import motion_frames
+from pipeline.comfy_answers import OutputFile
 from pipeline.comfy_client import ComfyClient
 from pipeline.comfy_events import PromptProgress
 from pipeline.errors import GraphError
-from pipeline.frame_shelf import Discard, FrameShelf, count_nodes, upload, window_seed
+from pipeline.frame_shelf import Discard, FrameShelf, count_nodes, picture_of, upload, window_seed
 from pipeline.messages import NodeRuns, SegmentProgress, SegmentTask, WindowCheckpoint
-from pipeline.segment_files import SegmentFiles, SegmentWriter
+from pipeline.segment_files import Frame, SegmentFiles, SegmentWriter
 
 Report = Callable[[SegmentProgress], None]
 Keep = Callable[[WindowCheckpoint], None]
@@ -72,11 +75,12 @@ def render_segment(
         for number in range(len(task.speech)):
             window = task.first + number
             length = task.windows[window]
+            portrait = task.portraits[min(number, len(task.portraits) - 1)]
             began = time.monotonic()
             graph = recipe.workflow.fill(
                 {
                     **_more(client, task, number),
-                    "portrait": upload(client, task.portraits[min(number, len(task.portraits) - 1)], "png"),
+                    "portrait": upload(client, portrait, "png"),
                     "speech": upload(client, task.speech[number], "wav"),
                     "motion": None if motion is None else upload(client, motion, "png"),
                     "prompt": recipe.prompt,
@@ -98,16 +102,22 @@ def render_segment(
                 raise GraphError("frames", f"window {window} gave {len(files)} frames instead of {new}")
             if storing is not None:
                 storing.result()
-            late = files[-recipe.motion :]
-            last = [shelf.fetch(file) for file in late]
+            early, late = files[: -recipe.motion], files[-recipe.motion :]
+            known = [shelf.fetch(file) for file in late]
+            colours = shelf.colours([picture_of(portrait)] * new, partial(_frame_of, shelf, early, known))
+            last = [colours.corrected(t, frame) for t, frame in enumerate(known, len(early))]
             motion = motion_frames.pack(last) if window + 1 < len(task.windows) else None
-            store = partial(shelf.store, early=files[: -recipe.motion], late=late, last=last)
+            store = partial(shelf.store, early=early, late=late, last=last, colours=colours)
             storing = background.submit(_finish, task, window, parts[window], store, folder, motion, keep)
             seconds.append(time.monotonic() - began)
             tell(0.0)
         if storing is not None:
             storing.result()
     return tuple(seconds), nodes
+
+
+def _frame_of(shelf: FrameShelf, early: list[OutputFile], known: list[Frame], t: int) -> Frame:
+    return known[t - len(early)] if t >= len(early) else shelf.fetch(early[t])
 
 
 def rest(task: SegmentTask, done: WindowCheckpoint) -> SegmentTask:

@@ -18,14 +18,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from pipeline import motion_frames
 from pipeline.comfy_answers import OutputFile
 from pipeline.comfy_client import ComfyClient
 from pipeline.comfy_events import PromptProgress
-from pipeline.errors import GraphError, JobCancelled, MediaError, WorkflowError
-from pipeline.frame_shelf import Discard, FrameShelf, count_nodes, upload, window_seed
+from pipeline.errors import GraphError, JobCancelled, WorkflowError
+from pipeline.frame_shelf import Discard, FrameShelf, count_nodes, picture_of, upload, window_seed
 from pipeline.messages import NodeRuns, SegmentProgress, SegmentTask, WindowCheckpoint
 from pipeline.segment import Report
 from pipeline.segment_files import Frame, SegmentFiles, SegmentWriter
@@ -108,7 +107,7 @@ def render_segment(
         raise GraphError("frames", f"the segment gave {len(files)} frames instead of {total}")
     body = task.frames - task.head - task.tail
     with SegmentWriter(folder, task.head, body, task.tail, recipe.width, recipe.height) as writer:
-        _store(FrameShelf(client, task, discard), writer, files[: task.frames], cancelled, recipe.job)
+        _store(FrameShelf(client, task, discard), writer, files[: task.frames], task, cancelled)
     discard(files[task.frames :])
     nodes: dict[str, NodeRuns] = {}
     count_nodes(nodes, graph, clock.seen)
@@ -185,7 +184,7 @@ def _window(workflow: Workflow) -> tuple[int, int]:
 def _second_speaker(client: ComfyClient, task: SegmentTask, frames: int) -> dict[str, object]:
     if not task.speech_2:
         return {}
-    people = [_pixels(mask) for mask in task.masks]
+    people = [picture_of(mask) for mask in task.masks]
     nobody = np.where(np.maximum.reduce(people) > 127, 0, 255).astype(np.uint8)
     return {
         "speech_2": upload(client, _heard(task.speech_2[0], frames), "wav"),
@@ -197,15 +196,7 @@ def _pictures(task: SegmentTask, windows: int) -> bytes:
     """The file for LoadImage: one picture, or a batch of which the node gives one to each window."""
     if len(task.portraits) == 1:
         return task.portraits[0]
-    return motion_frames.pack([_pixels(picture) for picture in task.portraits[:windows]])
-
-
-def _pixels(picture: bytes) -> Frame:
-    try:
-        with Image.open(io.BytesIO(picture)) as opened:
-            return np.asarray(opened.convert("RGB"))
-    except (OSError, SyntaxError) as error:
-        raise MediaError(f"a picture of the job can't be read: {error}") from None
+    return motion_frames.pack([picture_of(picture) for picture in task.portraits[:windows]])
 
 
 def _heard(speech: bytes, frames: int) -> bytes:
@@ -223,13 +214,32 @@ def _heard(speech: bytes, frames: int) -> bytes:
 
 
 def _store(
-    shelf: FrameShelf, writer: SegmentWriter, files: list[OutputFile], cancelled: threading.Event, job: str
+    shelf: FrameShelf,
+    writer: SegmentWriter,
+    files: list[OutputFile],
+    task: SegmentTask,
+    cancelled: threading.Event,
 ) -> None:
-    """Fetch the frames, some at a time, and write them in order."""
+    """Fetch the frames, some at a time, and write them in order.
+
+    The node's own ``colormatch`` stays off: it fits each frame's statistics to the picture's, whatever moves.
+    So a drift adds up from window to window, and is taken out of all of them here.
+    """
     some = 4 * FETCHES
+    window, motion = _window(task.recipe.workflow)
+
+    def fetch(file: OutputFile) -> Frame:
+        if cancelled.is_set():
+            raise JobCancelled(task.recipe.job)
+        return shelf.fetch(file)
+
+    pictures = [picture_of(png) for png in task.portraits]
+    of_window = [max(0, (t - motion) // (window - motion)) for t in range(len(files))]
+    colours = shelf.colours(
+        [pictures[min(w, len(pictures) - 1)] for w in of_window], lambda t: fetch(files[t])
+    )
     with ThreadPoolExecutor(FETCHES, thread_name_prefix="frames") as pool:
         for start in range(0, len(files), some):
-            if cancelled.is_set():
-                raise JobCancelled(job)
             part = files[start : start + some]
-            shelf.store(writer, [], part, list(pool.map(shelf.fetch, part)))
+            shown = [colours.corrected(t, frame) for t, frame in enumerate(pool.map(fetch, part), start)]
+            shelf.store(writer, [], part, shown, colours)

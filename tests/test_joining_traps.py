@@ -157,6 +157,17 @@ def test_one_set_of_parameters_for_the_whole_file(
         assert not kinds & {7, 8}
 
 
+def test_encoders_change_no_times() -> None:
+    """Trap: ``fps`` in front of cuts gave each segment a frame too many (ffmpeg 5.1; ours is right).
+
+    So no filter that counts frames is in either encoding; nor are B-frames, whose delay moves joins.
+    """
+    for encoding in (ffmpeg.FINAL, ffmpeg.LOSSLESS):
+        assert not re.search(r"\b(fps|trim|select|setpts|tpad)\b", str(encoding.options.get("vf", "")))
+        assert encoding.options["fps_mode"] == "passthrough"
+    assert ffmpeg.FINAL.options["bf"] == 0
+
+
 def test_parts_have_no_sound(segments: tuple[Plan, list[SegmentFiles]]) -> None:
     """Trap: joining files that have sound delays it by 39 ms at each join.  There is none to join."""
     for files in segments[1]:

@@ -226,9 +226,10 @@ def test_what_can_not_be_redone_is_said(engine: RunningEngine, job: JobDirectory
 
 def test_excess_of_one_is_the_limit_of_good() -> None:
     """The measure that decides is the verdict's own."""
-    report = SeamReport(0, 12, "morph", 2.6, 2.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.1, None, "good")
+    report = SeamReport(0, 12, "morph", 2.6, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.1, None, "good")
     assert excess(report) == pytest.approx(1.0)
-    for field, value in (("ghosting", 0.97), ("sharpness", 0.8), ("colour_step", 0.6), ("jump", 2.7)):
+    limits = (("ghosting", 0.97), ("sharpness", 0.8), ("colour_step", 0.6), ("jump", 2.7), ("speed", 1.2))
+    for field, value in limits:
         assert GOOD[field]
         assert excess(SeamReport(**{**vars_of(report), field: value})) > 1
 

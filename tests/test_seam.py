@@ -170,6 +170,21 @@ def test_the_documents_crossfade_takes_forty_frames_and_is_called_what_it_is() -
     assert join_overlap(clip(0, 60), clip(5, 60))[1].verdict == "good"
 
 
+def test_speed_is_a_fault_of_the_seam_only_where_the_renderings_are_slower() -> None:
+    """A cut from pose to pose is fast; the same cut in a moment when the head moves as fast anyway is not.
+
+    A morph leaves out such moments, if the overlap has others.
+    """
+    slow = join_overlap(clip(0, 60), clip(8, 60), method="cut")[1]
+    assert slow.speed > 1.5
+    assert slow.verdict != "good"
+    jerk = 30
+    clips = [np.concatenate([clip(shift, jerk), clip(shift + 9, 60)[jerk:]]) for shift in (0, 6)]
+    _, report = join_overlap(*clips)
+    assert report.speed <= 1.1
+    assert not report.frame <= jerk < report.frame + report.frames + 1
+
+
 def test_still_pictures_have_finite_reports() -> None:
     """Nothing moves, so nothing may be divided by the motion."""
     still = np.repeat(clip(0, 1), COUNT, axis=0)

@@ -64,9 +64,11 @@ def test_a_whole_clips_moves_are_those_of_its_frames() -> None:
 
 def test_verdicts() -> None:
     """Good is within the goals, bad beyond what a careful viewer may find; the worst measure decides."""
-    assert verdict(1.0, 0.99, 0.95, 0.1) == "good"
-    assert verdict(1.5, 0.99, 0.95, 0.1) == "visible"
-    assert verdict(1.0, 0.95, 0.95, 0.1) == "visible"
-    assert verdict(1.0, 0.99, 0.4, 0.1) == "bad"
-    assert verdict(2.5, 0.99, 0.95, 0.1) == "bad"
-    assert verdict(1.0, 0.99, 0.95, 3.0) == "bad"
+    assert verdict(1.0, 1.0, 0.99, 0.95, 0.1) == "good"
+    assert verdict(1.5, 1.0, 0.99, 0.95, 0.1) == "visible"
+    assert verdict(1.0, 1.2, 0.99, 0.95, 0.1) == "visible"
+    assert verdict(1.0, 1.0, 0.95, 0.95, 0.1) == "visible"
+    assert verdict(1.0, 1.0, 0.99, 0.4, 0.1) == "bad"
+    assert verdict(2.5, 1.0, 0.99, 0.95, 0.1) == "bad"
+    assert verdict(1.0, 1.7, 0.99, 0.95, 0.1) == "bad"
+    assert verdict(1.0, 1.0, 0.99, 0.95, 3.0) == "bad"

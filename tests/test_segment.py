@@ -6,6 +6,7 @@ import io
 import threading
 import wave
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -218,3 +219,48 @@ def test_cancelling_stops_a_window_within_two_seconds(portrait: Path, tmp_path: 
             idle.wait(0.1)
         assert not client.queue().running
     assert not (tmp_path / "segment").exists()
+
+
+def test_a_drift_is_taken_out_and_a_lost_engine_changes_nothing(portrait: Path, tmp_path: Path) -> None:
+    """An engine that gets 0.05 levels warmer with each frame; the frames handed on are those that are shown.
+
+    Matched, a level or so is left after three windows instead of eight, the motion is unbroken, and windows
+    that go on from a checkpoint are those of an unbroken run, bit by bit.
+    """
+    settings = Settings(
+        engine="draft", scratch_dir=tmp_path, ports="18220-18239", draft_args="--draft-drift 0.05"
+    )
+    task = task_of(portrait)
+    matched = replace(task, recipe=replace(task.recipe, color_match=True))
+    with Image.open(io.BytesIO(task.portraits[0])) as picture:
+        true = np.asarray(picture.convert("RGB"), float)
+    with running_engine(choose_engine(settings), settings) as drifting:
+        plain = joined(checkpoints(drifting, task, tmp_path / "plain"), tmp_path / "plain")
+        windows = checkpoints(drifting, matched, tmp_path / "matched")
+        again = checkpoints(drifting, rest(matched, windows[0]), tmp_path / "again")
+    others = joined([windows[0], *again], tmp_path / "again")
+    warm = []
+    for files in (plain, joined(windows, tmp_path / "matched")):
+        frames = read_stack(files.path("head"), FRAMES)
+        red, _, blue = (frames[:, -8:].astype(float) - true[-8:]).mean((1, 2)).T
+        warm.append((red - blue) / 2)
+        stamps = [read_stamp(frame) for frame in frames]
+        assert [stamp.frame for stamp in stamps if stamp] == list(range(FRAMES))
+    assert warm[0][-1] > 7
+    assert warm[1].max() < 1.8
+    assert np.abs(np.diff(warm[1])).max() < 0.6
+    assert np.array_equal(frames, read_stack(others.path("head"), FRAMES))
+    assert [bytes(one.motion) for one in windows[1:2]] == [bytes(other.motion) for other in again[:1]]
+    with Image.open(io.BytesIO(bytes(windows[0].motion))) as handed:
+        assert np.array_equal(np.asarray(handed.convert("RGB")), frames[81 - 9])
+
+
+def test_matching_changes_nothing_where_nothing_drifts(
+    engine: RunningEngine, portrait: Path, tmp_path: Path
+) -> None:
+    """The same pixels, asked for or not."""
+    task = task_of(portrait)
+    matched = replace(task, recipe=replace(task.recipe, color_match=True))
+    first, _ = run(engine, task, tmp_path / "a")
+    second, _ = run(engine, matched, tmp_path / "b")
+    assert np.array_equal(first, second)

@@ -9,6 +9,7 @@ import io
 import threading
 import wave
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -254,3 +255,19 @@ def test_windows_of_another_kind_are_refused(tmp_path: Path, old: str, new: str,
     recipe = Recipe("job", load(path, workflow_for("wrapper", "image", "single")[1]), "", 7, 4, SIZE, SIZE, 9)
     with pytest.raises(WorkflowError, match=said):
         run(Wrapper(), task_of(recipe=recipe), tmp_path)
+
+
+def test_a_drift_over_all_windows_is_taken_out(tmp_path: Path) -> None:
+    """The node hands on its own frames, so a drift adds up; nine levels after two windows, one is left."""
+
+    class Drifting(Wrapper):
+        def view(self, file: OutputFile) -> bytes:
+            return png(100 + round(int(file["filename"][:5]) * 0.06))
+
+    task = task_of(portraits=(png(100),))
+    plain, _, _ = run(Drifting(), task, tmp_path / "a")
+    matched = replace(task, recipe=replace(task.recipe, color_match=True))
+    frames, _, gone = run(Drifting(), matched, tmp_path / "b")
+    assert plain[-1].mean() == 109
+    assert frames.mean((1, 2, 3)).max() < 102
+    assert len(gone) == 153  # nothing stays in the engine

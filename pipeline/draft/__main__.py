@@ -67,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     max_bytes = round(options.max_upload_size * 1024 * 1024)
     server_options = ServerOptions(options.listen, options.port, tuple(options.draft_fault), max_bytes)
     try:
-        asyncio.run(_serve(folders, options.draft_window_seconds, server_options))
+        nodes = DraftNodes(folders, options.draft_window_seconds, options.draft_drift)
+        asyncio.run(_serve(folders, nodes, server_options))
     except OSError as exc:
         if exc.errno != errno.EADDRINUSE:
             raise
@@ -76,8 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-async def _serve(folders: Folders, window_seconds: float, options: ServerOptions) -> None:
-    await DraftServer(folders, DraftNodes(folders, window_seconds), options).run()
+async def _serve(folders: Folders, nodes: DraftNodes, options: ServerOptions) -> None:
+    await DraftServer(folders, nodes, options).run()
 
 
 def _window_seconds(text: str) -> float:
@@ -120,6 +121,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     draft.add_argument(
         "--draft-start-seconds", type=float, default=0.0, metavar="S", help="wait before the port is opened"
+    )
+    draft.add_argument(
+        "--draft-drift",
+        type=float,
+        default=0.0,
+        metavar="LEVELS",
+        help="each frame of a chain gets warmer by so many levels of 255",
     )
     draft.add_argument(
         "--draft-fault",

@@ -180,7 +180,8 @@ class Window:
     seed: int
     motion: NDArray[np.uint8] | None = None
     drift: float = 0.0
-    """How much warmer a chain gets from frame to frame, in levels of 255; a new chain starts without any."""
+    """How much warmer the frames get one by one, in levels of 255, starting from the colours of ``motion``:
+    what a window is off is handed on by its frames, as with the real model."""
 
 
 def draw_window(window: Window) -> Iterator[Frame]:
@@ -190,18 +191,20 @@ def draw_window(window: Window) -> Iterator[Frame]:
     and the head goes on from the pose and speed stamped into the last one; without a readable stamp it
     falls back to the reference pose.
     """
-    index, state, leftover = 0, Stamp(), None
+    index, state, leftover, warmth = 0, Stamp(), None, 0.0
     if window.motion is not None:
         for frame in window.motion[: window.length]:
             yield frame.copy()
             index += 1
-        state, leftover = _taken_over(window, window.motion[-1], index)
+        state, leftover, warmth = _taken_over(window, window.motion[-1], index)
     for position in range(index, window.length):
         if position or window.motion is not None:
             state = _next_state(state, window.seed, window.puppet.reach)
         openings = _openings(window, position, state.frame)
         state = replace(state, opening=max(openings)).rounded()
-        frame = _warmer(window.puppet.draw(state, openings), window.drift * state.frame)
+        frame = window.puppet.draw(state, openings)
+        if window.drift:
+            frame = _warmer(frame, warmth + window.drift * (position - max(index - 1, 0)), state.frame)
         share = 1 - (position - index + 1) / BLEND_FRAMES
         if leftover is not None and share > 0:
             frame = np.clip(frame + np.rint(leftover * _ease(share)), 0, 255).astype(np.uint8)
@@ -209,22 +212,32 @@ def draw_window(window: Window) -> Iterator[Frame]:
         yield frame
 
 
-def _taken_over(window: Window, last: Frame, index: int) -> tuple[Stamp, Floats | None]:
-    """State of the last motion frame, and how that frame differs from what would be drawn of it now."""
+def _taken_over(window: Window, last: Frame, index: int) -> tuple[Stamp, Floats | None, float]:
+    """State of the last motion frame, how that frame differs from what would be drawn of it now, and how
+    much warmer it is."""
     stamp = read_stamp(last)
     if stamp is None:
-        return Stamp(frame=max(index - 1, 0)), None
+        return Stamp(frame=max(index - 1, 0)), None, 0.0
     again = window.puppet.draw(stamp, _openings(window, index - 1, stamp.frame, stamp.opening))
-    again = _warmer(again, window.drift * stamp.frame)
+    write_stamp(again, stamp)
     leftover = last.astype(np.float32) - again.astype(np.float32)
-    return stamp, leftover if np.abs(leftover).max() > 1 else None  # 1: the stamp's own bits
+    if window.drift:
+        red, _, blue = leftover.mean(axis=(0, 1))
+        warmth = float(red - blue) / 2
+        leftover -= np.array([warmth, 0, -warmth], np.float32)
+        return stamp, leftover if np.abs(leftover).max() > 3 else None, warmth  # 3: noise and rounding
+    return stamp, leftover if np.abs(leftover).max() > 1 else None, 0.0
 
 
-def _warmer(frame: Frame, levels: float) -> Frame:
-    """More red and less blue: a stand-in for the colours of a long chain, which shift after a minute."""
-    if not levels:
-        return frame
-    return np.clip(np.rint(frame + np.array([levels, 0, -levels], np.float32)), 0, 255).astype(np.uint8)
+def _warmer(frame: Frame, levels: float, seed: int) -> Frame:
+    """More red and less blue: a stand-in for the colours of a long chain, which shift after a minute.
+
+    With a noise of half a level, so that the mean says fractions of a level too.
+    """
+    noise = np.random.default_rng(seed).random((*frame.shape[:2], 1), np.float32) - np.float32(0.5)
+    shift = np.array([levels, 0, -levels], np.float32)
+    warm = np.rint(frame + shift + noise * (shift != 0))
+    return np.asarray(np.clip(warm, 0, 255), np.uint8)
 
 
 def _openings(window: Window, position: int, frame: int, known: float | None = None) -> list[float]:

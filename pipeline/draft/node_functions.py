@@ -77,6 +77,7 @@ class NodeFunctions:
 
     folders: Folders
     window_seconds: float = 0.0
+    drift: float = 0.0
     table: dict[str, Handler] = field(init=False)
     _puppets: dict[bytes, tuple[Puppet, tuple[Face, ...]]] = field(default_factory=dict)
     _preview_tag: str = field(default_factory=lambda: secrets.token_hex(3))
@@ -152,7 +153,7 @@ class NodeFunctions:
         puppet, faces = self.puppet(picture, masks)
         scale = abs(inputs["audio_scale"])
         voices = voices_of(faces, speech, audio_start, length, scale)
-        window = Window(puppet, voices, length, 0, motion)
+        window = Window(puppet, voices, length, 0, motion, self.drift)
         model = replace(inputs["model"], window=window, audio_scale=scale)
         latent = Latent(width, height, length)
         return Result(

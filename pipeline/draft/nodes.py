@@ -19,10 +19,13 @@ if TYPE_CHECKING:
 
 
 class DraftNodes:
-    """All nodes of one engine; ``window_seconds`` is what a window of 81 frames shall take in the sampler."""
+    """All nodes of one engine.
 
-    def __init__(self, folders: Folders, window_seconds: float) -> None:
-        self._folders, self._window_seconds = folders, window_seconds
+    ``window_seconds`` is what a window of 81 frames shall take in the sampler; ``drift``: ``Window.drift``.
+    """
+
+    def __init__(self, folders: Folders, window_seconds: float, drift: float = 0.0) -> None:
+        self._folders, self._window_seconds, self._drift = folders, window_seconds, drift
         self._functions: NodeFunctions | None = None
         self._digests: dict[tuple[Path, int, int], str] = {}
 
@@ -65,7 +68,7 @@ class DraftNodes:
             from pipeline.draft.node_functions import NodeFunctions
             from pipeline.draft.wrapper_functions import wrapper_table
 
-            self._functions = NodeFunctions(self._folders, self._window_seconds)
+            self._functions = NodeFunctions(self._folders, self._window_seconds, self._drift)
             self._functions.table |= wrapper_table(self._functions)
         return self._functions
 

@@ -1,9 +1,11 @@
 """The stamp of the draft engine: where in its motion a drawn frame stands, hidden in the frame's pixels.
 
 A chain of windows is handed on as pictures only, so whatever the drawing needs to go on must be in them.
-The stamp sits in the lowest bits of the first bytes of the frame (row by row, R G B), one bit each, most
-significant first: 18 bytes of state, then their CRC-32, 176 bits, the first 59 pixels.  It changes a value
-by 1 at most.  Lossless files keep it; anything lossy destroys it, and the checksum tells.
+The stamp sits in the differences between the first pixels of the frame, two by two (row by row, R G B), one
+bit in each, most significant first: 18 bytes of state, then their CRC-32, 176 bits, 118 pixels.  A bit is
+the third of the difference, whose lower two are in the middle: so it outlasts a correction of the colours.
+It changes a value by 4 at most (more near black and white).  Lossless files keep it; anything lossy destroys
+it, and the checksum tells.
 """
 
 from __future__ import annotations
@@ -21,6 +23,9 @@ MAGIC = 0xD5
 LAYOUT = struct.Struct(">BIhhhhhhB")
 CHECK = struct.Struct(">I")
 BITS = 8 * (LAYOUT.size + CHECK.size)
+PIXELS = 2 * -(-BITS // 3)
+MARGIN = 16
+"""Levels that the stamp's pixels keep from black and white, so that the differences survive a shift."""
 
 POSITION_STEPS = 256.0
 VELOCITY_STEPS = 2048.0
@@ -54,31 +59,40 @@ class Stamp:
 
 
 def write_stamp(frame: Frame, stamp: Stamp) -> None:
-    """Hide a stamp in a frame, in place; frames of fewer than 176 bytes stay as they are."""
-    if frame.size < BITS:
+    """Hide a stamp in a frame, in place; frames of fewer than 118 pixels stay as they are."""
+    if frame.size < 3 * PIXELS:
         return
     body = _pack(stamp)
     bits = np.unpackbits(np.frombuffer(body + CHECK.pack(zlib.crc32(body)), dtype=np.uint8))
     rows = frame[: _rows(frame)]
     flat = rows.reshape(-1).copy()
-    flat[:BITS] = (flat[:BITS] & 0xFE) | bits
+    pairs = _pairs(flat).clip(MARGIN, 255 - MARGIN)
+    first, second = pairs[:, 0].ravel(), pairs[:, 1].ravel()
+    middle = 2 + 4 * np.resize(bits, len(first)).astype(int)  # of the differences 0 to 3, or 4 to 7
+    second[...] = first + 8 * np.rint((second - first - middle) / 8).astype(int) + middle
+    flat[: 3 * PIXELS] = np.stack([first.reshape(-1, 3), second.reshape(-1, 3)], axis=1).ravel()
     rows[...] = flat.reshape(rows.shape)
 
 
 def read_stamp(frame: Frame) -> Stamp | None:
     """The stamp of a drawn frame [H, W, 3], or None if it has none or it did not survive."""
-    if frame.dtype != np.uint8 or frame.size < BITS:
+    if frame.dtype != np.uint8 or frame.size < 3 * PIXELS:
         return None
-    data = np.packbits(frame[: _rows(frame)].reshape(-1)[:BITS] & 1).tobytes()
+    pairs = _pairs(frame[: _rows(frame)].reshape(-1))
+    data = np.packbits(((pairs[:, 1] - pairs[:, 0]).ravel()[:BITS] >> 2) & 1).tobytes()
     body, check = data[: LAYOUT.size], data[LAYOUT.size :]
     if body[0] != MAGIC or CHECK.pack(zlib.crc32(body)) != check:
         return None
     return _unpack(body)
 
 
+def _pairs(flat: Frame) -> NDArray[np.int_]:
+    """The stamp's pixels, [pairs, 2, 3]."""
+    return flat[: 3 * PIXELS].astype(int).reshape(-1, 2, 3)
+
+
 def _rows(frame: Frame) -> int:
-    width, channels = int(frame.shape[1]), int(frame.shape[2])
-    return -(-BITS // (width * channels))
+    return -(-PIXELS // int(frame.shape[1]))
 
 
 def _pack(stamp: Stamp) -> bytes:

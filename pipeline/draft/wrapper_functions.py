@@ -105,7 +105,8 @@ def _sample(functions: NodeFunctions, inputs: Inputs, context: Context) -> Resul
         puppet, faces = functions.puppet(picture, speech.masks)
         voices = voices_of(faces, speech.openings, number * stride, loop.window, 1.0)
         motion = made[-1][-loop.motion :] if made else None
-        drawn = np.stack(list(_watched(Window(puppet, voices, loop.window, inputs["seed"], motion), context)))
+        window = Window(puppet, voices, loop.window, inputs["seed"], motion, functions.drift)
+        drawn = np.stack(list(_watched(window, context)))
         made.append(drawn if motion is None else drawn[loop.motion :])
         for step in range(number * steps, (number + 1) * steps):
             if step == steps * windows // 2:
