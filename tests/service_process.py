@@ -18,7 +18,7 @@ import requests
 
 from tests.conftest import ROOT
 
-READY_SECONDS = 90.0
+READY_SECONDS = 180.0
 TOKEN = "anna:secret-of-anna"
 HEADERS = {"Authorization": "Bearer secret-of-anna"}
 
