@@ -83,7 +83,10 @@ def read_piece(
 async def read_seams(job: LinkedJob, store: Store) -> Response:
     """The frames around each seam of a finished video, and how much each frame moves.  409 without seams."""
     video = await asyncio.to_thread(store.result, job)
-    seams = [SeamReport(**entry) for entry in (job.result or {}).get("seams", [])]
+    try:
+        seams = [SeamReport(**entry) for entry in (job.result or {}).get("seams", [])]
+    except TypeError:
+        raise JobConflict(job.id, "its video was joined by another version of this program") from None
     if not seams:
         raise JobConflict(job.id, "its video is one segment and has no seam")
 

@@ -79,6 +79,11 @@ def test_a_video_is_made_and_played(page: Page, speech_of: Callable[[int], Path]
         }"""
     )
     assert shown == [True, 200, None]
+    nameless = """
+        [...document.querySelectorAll("input, select, button, progress, video, img, [tabindex='0']")]
+        .filter((one) => !one.labels?.length && !one.textContent.trim() && !one.ariaLabel && !one.alt)
+        .map((one) => one.outerHTML)"""
+    assert page.evaluate(nameless) == []
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 

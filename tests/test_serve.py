@@ -418,11 +418,18 @@ def test_vocals_are_separated_where_the_operator_has_a_separator(
 
 
 def test_a_job_survives_its_runner_and_its_replica(
-    service: Service, speech_of: Callable[[int], Path], processes_with: Callable[[str], list[int]]
+    service: Service,
+    speech_of: Callable[[int], Path],
+    processes_with: Callable[[str], list[int]],
+    tmp_path: Path,
 ) -> None:
-    """kill -9 of the runner actor, then of the replica: the API answers on, the job completes exactly."""
+    """kill -9 of the runner actor, then of the replica: the API answers on, the job completes exactly.
+
+    Who watches it goes on too: what was shown stays, and the end is the final video.
+    """
     job = service.submit(500, speech_of)
-    service.until(job, lambda found: found["progress"] > 5)
+    link = service.url + service.until(job, lambda found: found["stream"])["stream"]
+    shown = requests.get(link, timeout=10).text
 
     def kill(title: str) -> int:
         pids = [
@@ -441,6 +448,10 @@ def test_a_job_survives_its_runner_and_its_replica(
     assert done["state"] == "completed", done
     assert done["result"]["frames"] == 500
     assert done["attempt"] == 2
+    assert requests.get(link, timeout=10).text.startswith(shown)
+    video = tmp_path / "talk.mp4"
+    video.write_bytes(service.get(f"/v1/jobs/{job}/video").content)
+    assert planes(link) == planes(video)
 
 
 def test_everything_survives_a_power_cut(
