@@ -19,6 +19,7 @@ from actors import (
     command_redo,
     command_render,
     command_seams,
+    command_timeline,
 )
 from pipeline.errors import (
     ConfigurationError,
@@ -38,7 +39,15 @@ EXIT_CODES: dict[type[PipelineError], int] = {
     JobCancelled: EXIT_CANCELLED,
     PipelineError: EXIT_FAILED,
 }
-COMMANDS = (command_render, command_seams, command_redo, command_doctor, command_models, command_comfyui)
+COMMANDS = (
+    command_render,
+    command_seams,
+    command_timeline,
+    command_redo,
+    command_doctor,
+    command_models,
+    command_comfyui,
+)
 
 
 def main(arguments: Sequence[str] | None = None, more: Sequence[Any] = ()) -> int:

@@ -12,6 +12,7 @@
         000012/             a finished window; a folder that exists is complete
         000012.motion       the frames that the next window continues, behind their SHA-256
     result.json             the end
+    timeline.json           what every GPU did, and when
 
 Files appear under their names only when they are whole.  Nobody else joins paths.
 """
@@ -65,6 +66,10 @@ class JobDirectory:
     @property
     def result(self) -> Path:
         return self.path / "result.json"
+
+    @property
+    def timeline(self) -> Path:
+        return self.path / "timeline.json"
 
     @property
     def work(self) -> Path:

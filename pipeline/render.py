@@ -30,6 +30,7 @@ from pipeline.segment_files import SegmentFiles
 from pipeline.speech import find_pauses
 from pipeline.stitch import stitch
 from pipeline.stragglers import Run, held_up
+from pipeline.timeline_recorder import TimelineRecorder, recording
 from pipeline.workflow import Workflow
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,8 @@ def render_video(
     Raises ``PipelineError``; what is finished stays in the job directory.
     """
     clock = _Clock()
-    with job.locked():
+    with job.locked(), recording(job) as timeline:
+        timeline.stage("preparing")
         on_progress(JobProgress(job.name, "preparing"))
         job.write_json(job.path / "request.json", request.model_dump(mode="json"))
         prepared = prepare(request, job)
@@ -78,9 +80,11 @@ def render_video(
             if known is not None and not missing:
                 plan, done = known, _Done({segment.gpu for segment in known.segments})
             else:
+                timeline.stage("starting")
                 on_progress(JobProgress(job.name, "starting"))
                 with open_renderers() as renderers:
                     infos = renderers.start()
+                    timeline.know(infos)
                     _log_devices(infos)
                     clock.lap("start")
                     plan = known or _plan(request, prepared, infos, make_plan, workflow)
@@ -96,10 +100,13 @@ def render_video(
                     def task_for(segment: Segment, attempt: int, kept: KeptWindows) -> SegmentTask:
                         return prepared.task(recipe, plan, segment, attempt, kept.count, kept.motion)
 
+                    timeline.stage("waiting")  # until the first task goes out
                     done = _render_missing(
-                        job, plan, missing, task_for, renderers, infos, max_attempts, watched
+                        job, plan, missing, task_for, renderers, infos, max_attempts, watched, timeline
                     )
+                    timeline.rendered()
                     clock.lap("render")
+            timeline.stage("joining")
             on_progress(JobProgress(job.name, "joining", 0, _states(plan, job, {}, {})))
             files = [SegmentFiles.in_folder(job.segment(segment.index)) for segment in plan.segments]
             shown = prepared.frames_at(request.fps)
@@ -113,7 +120,9 @@ def render_video(
                 shown=shown,
                 seam=request.seam,
                 speech=[track.path for track in prepared.speech],
+                timed=timeline.seam,
             )
+        timeline.stage(None)
         clock.lap("join")
         result = RenderResult(
             job=job.name,
@@ -125,7 +134,7 @@ def render_video(
             width=prepared.width,
             height=prepared.height,
             seams=seams,
-            timings=clock.laps(),
+            timings={**timeline.numbers(), **clock.laps()},
             nodes=done.nodes,
             fps=request.fps,
         )
@@ -194,6 +203,7 @@ def _render_missing(
     infos: Sequence[RendererInfo],
     max_attempts: int,
     on_progress: OnProgress,
+    timeline: TimelineRecorder,
 ) -> _Done:
     """Render what is not there yet, storing each window as it comes."""
     seconds: dict[int, tuple[float, ...]] = {}
@@ -202,7 +212,9 @@ def _render_missing(
 
     def tick(held: Held) -> Iterable[int]:
         running: dict[int, SegmentProgress] = {}
-        for seen in renderers.progress():  # of two runs of a segment, the one that is ahead
+        progress = renderers.progress()
+        timeline.seen(progress)
+        for seen in progress:  # of two runs of a segment, the one that is ahead
             if seen.index not in running or seen.windows_done > running[seen.index].windows_done:
                 running[seen.index] = seen
         for index, lane in held:
@@ -228,7 +240,7 @@ def _render_missing(
 
     todo = [segment for segment in plan.segments if segment.index in missing]
     planned = [info.lane for info in infos]
-    for rendered in render_all(todo, next_task, renderers, max_attempts, tick, planned):
+    for rendered in render_all(todo, next_task, renderers, max_attempts, tick, planned, timeline.sent):
         for window in rendered.windows:
             missing[rendered.index].keep(window)
         seconds[rendered.index] = seconds.get(rendered.index, ()) + rendered.window_seconds

@@ -9,9 +9,11 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -41,6 +43,7 @@ def stitch(
     shown: int | None = None,
     seam: Method = "morph",
     speech: Sequence[Path] = (),
+    timed: Callable[[int], AbstractContextManager[None]] = lambda _: nullcontext(),
 ) -> tuple[SeamReport, ...]:
     """Join ``segments`` in the plan's overlaps, add the ``track`` (of ``sound.make_track``), write an mp4.
 
@@ -48,6 +51,7 @@ def stitch(
     ``workers`` seams are made at a time, by default one for each core, at most 4 (300 MB each at 480p).
     ``seam`` says how; ``speech`` are the speakers' prepared tracks: seams look for a pause in all of them.
     At another rate than 25 ``fps`` the result has ``shown`` frames and is encoded once more.
+    Each seam is made within its ``timed(number)``.
     Raises ``MediaError``, ``StorageError``.
     """
     _check(plan, segments)
@@ -62,7 +66,8 @@ def stitch(
             ) as pool:
                 seams = [
                     pool.submit(
-                        _seam,
+                        _timed_seam,
+                        timed(number),
                         *joint,
                         folder / f"seam-{number:05d}{ffmpeg.FINAL.suffix}",
                         warm_up,
@@ -96,6 +101,11 @@ def _check(plan: Plan, segments: Sequence[SegmentFiles]) -> None:
         wanted = {"head": head, "body": segment.frames - head - tail, "tail": tail}
         if dict(files.frames) != wanted:
             raise MediaError(f"segment {number} has the frames {dict(files.frames)}, the plan wants {wanted}")
+
+
+def _timed_seam(timed: AbstractContextManager[None], *joint: Any) -> SeamReport:
+    with timed:
+        return _seam(*joint)
 
 
 def _seam(
