@@ -284,7 +284,7 @@ def test_the_openapi_document_holds(app: App, tmp_path: Path) -> None:
 
 
 def test_the_timeline_of_a_job(app: App) -> None:
-    """409 until something was recorded; then JSON that begins with the queue, and a picture; 404 for others."""
+    """409 until something was recorded; then JSON that begins with the queue, and a picture."""
     job = app.submit().json()
     url = f"{app.url}/v1/jobs/{job['id']}"
     for name in ("timeline", "timeline.svg"):
