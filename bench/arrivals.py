@@ -1,7 +1,7 @@
 """``python -m bench.arrivals [--json] [--plot FILE] [--trace FILE]``: latency or throughput, by the load.
 
 The pool's rule (``scheduling.gpus_for``: over how many GPUs a job is cut) against *always split* over all
-GPUs and *never split*, on traces of arrivals, in simulation: the real planner and scheduler, and no real time.
+GPUs and *never split*, on traces of arrivals, in simulation: the real planner and scheduler, no real time.
 Times are for windows of 12 s on every GPU; another GPU stretches all of them alike.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
@@ -65,11 +66,7 @@ def _rows(gpus: int, options: argparse.Namespace) -> list[dict[str, Any]]:
         for path in options.trace
         for load in (0.5, 0.8)
     ]
-    at_once = traces.batch()
-    made += [
-        ("batch of 100", None, at_once),
-        ("the same, longest first", None, sorted(at_once, key=lambda job: -job.frames)),
-    ]
+    made += [("batch of 100", None, traces.batch()), ("batch of 40", None, traces.batch(40, seed=5))]
     return [
         {"trace": name, "load": load, "gpus": gpus, "rule": rule, **measures(simulate(jobs, gpus, choose))}
         for name, load, jobs in made
@@ -107,45 +104,53 @@ WIDTH, PANEL, TOP, LEFT, MARGIN = 1400, 300, 64, 70, 44
 
 
 def draw(rows: Sequence[dict[str, Any]], gpus: int) -> Figure:
-    """Three curves over the load on Poisson arrivals, and bars for the other traces."""
+    """Curves over the load on Poisson arrivals, and bars for the other traces."""
     figure = Figure(WIDTH, TOP + 2 * PANEL)
-    figure.add(
-        Words(LEFT, 10, f"Over how many of {gpus} GPUs a job is cut: three rules, windows of 12 s", 16)
-    )
+    figure.add(Words(LEFT, 10, f"Over how many of {gpus} GPUs a job is cut: three rules", 16))
     for number, (rule, colour) in enumerate(COLOURS.items()):
         left = LEFT + 150 * number
         figure.add(Box(left, 38, left + 12, 50, colour), Words(left + 18, 37, rule))
     poisson = [row for row in rows if row["trace"] == "poisson"]
     width = WIDTH // 3
-    for number, (key, name) in enumerate(
-        (("mean", "mean turnaround, s"), ("p95", "p95 of it, s"), ("twice", "frames rendered twice, share"))
-    ):
-        _curves(figure, number * width, width, poisson, key, f"Poisson: {name}")
-    others = [row for row in rows if row["trace"] != "poisson"]
-    _bars(figure, TOP + PANEL, others, "mean", "Other traces: mean turnaround, s")
+    _curves(figure, 0, width, poisson, "mean", "Poisson: mean turnaround, s", (10, 30, 100, 300, 1000, 3000))
+    _curves(figure, width, width, poisson, "p95", "Poisson: p95 of it, s", (10, 30, 100, 300, 1000, 3000))
+    shares = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
+    _curves(figure, 2 * width, width, poisson, "twice", "Poisson: share of frames rendered twice", shares)
+    _bars(figure, TOP + PANEL, [row for row in rows if row["trace"] != "poisson"], len(COLOURS))
     return figure
 
 
 def _frame(
-    figure: Figure, left: float, top: float, width: float, most: float, name: str
+    figure: Figure, left: float, top: float, width: float, ticks: Sequence[float], name: str
 ) -> Callable[[float], float]:
-    """A panel with its title and scale; from values to heights."""
+    """A panel with its title and scale; from values to heights.  Where no tick is 0, it is logarithmic."""
     base, height = top + PANEL - MARGIN, PANEL - MARGIN - 40
+    scale = (lambda value: value) if not ticks[0] else math.log
 
     def level(value: float) -> float:
-        return base - height * value / most
+        return base - height * (scale(value) - scale(ticks[0])) / (scale(ticks[-1]) - scale(ticks[0]))
 
     figure.add(Words(left + LEFT, top + 8, name, 13))
-    for tick in (0.0, most / 2, most):
+    for tick in ticks:
         figure.add(Line(((left + LEFT, level(tick)), (left + width - 16, level(tick))), GRID))
-        figure.add(Words(left + LEFT - 6, level(tick) - 7, f"{tick:.4g}", 11, INK, "end"))
+        figure.add(Words(left + LEFT - 6, level(tick) - 7, f"{tick:g}", 11, INK, "end"))
     return level
 
 
 def _curves(
-    figure: Figure, left: float, width: float, rows: Sequence[dict[str, Any]], key: str, name: str
+    figure: Figure,
+    left: float,
+    width: float,
+    rows: Sequence[dict[str, Any]],
+    key: str,
+    name: str,
+    ticks: Sequence[float],
 ) -> None:
-    level = _frame(figure, left, TOP, width, max(row[key] for row in rows), name)
+    values = [row[key] for row in rows]
+    below = [tick for tick in ticks if tick <= min(values)][-1:]
+    above = [tick for tick in ticks if tick >= max(values)][:1]
+    between = [tick for tick in ticks if min(values) < tick < max(values)]
+    level = _frame(figure, left, TOP, width, [*below, *between, *above], name)
 
     def at(load: float) -> float:
         return left + LEFT + (width - LEFT - 30) * (load - LOADS[0]) / (LOADS[-1] - LOADS[0])
@@ -159,20 +164,25 @@ def _curves(
         figure.add(*(Box(x - 3, y - 3, x + 3, y + 3, colour) for x, y in points))
 
 
-def _bars(figure: Figure, top: float, rows: Sequence[dict[str, Any]], key: str, name: str) -> None:
-    level = _frame(figure, 0, top, WIDTH, max(row[key] for row in rows), name)
-    groups = list(dict.fromkeys((row["trace"], row["load"]) for row in rows))
+def _bars(figure: Figure, top: float, rows: Sequence[dict[str, Any]], rules: int) -> None:
+    """Mean turnarounds over the shortest of the trace; what it is in seconds stands on the bar."""
+    groups = [rows[number : number + rules] for number in range(0, len(rows), rules)]
+    best = [min(row["mean"] for row in group) for group in groups]
+    most = max(row["mean"] / least for group, least in zip(groups, best, strict=True) for row in group)
+    ticks = [0.5 * number for number in range(math.ceil(2 * most) + 1)]
+    name = "Other traces: mean turnaround over that of the best rule; on the bars in seconds"
+    level = _frame(figure, 0, top, WIDTH, ticks, name)
     each = (WIDTH - LEFT - 16) / len(groups)
-    for row in rows:
-        place = groups.index((row["trace"], row["load"])), list(COLOURS).index(row["rule"])
-        left = LEFT + each * (place[0] + 0.12 + 0.25 * place[1])
-        figure.add(Box(left, level(row[key]), left + 0.23 * each, level(0), COLOURS[row["rule"]]))
-        words = f"{row[key]:.0f}"
-        figure.add(Words(left + 0.115 * each, level(row[key]) - 14, words, 11, INK, "middle"))
-    for number, (trace, load) in enumerate(groups):
-        middle = LEFT + each * (number + 0.5)
-        words = trace if load is None else f"{trace}, load {load:g}"
-        figure.add(Words(middle, level(0) + 5, words, 11, INK, "middle"))
+    for number, (group, least) in enumerate(zip(groups, best, strict=True)):
+        for place, row in enumerate(group):
+            left = LEFT + each * (number + 0.12 + 0.25 * place)
+            high = level(row["mean"] / least)
+            figure.add(Box(left, high, left + 0.23 * each, level(0), COLOURS[row["rule"]]))
+            words = f"{row['mean']:.0f}"
+            figure.add(Words(left + 0.115 * each, high - 14, words, 11, INK, "middle"))
+        load = group[0]["load"]
+        words = group[0]["trace"] if load is None else f"{group[0]['trace']}, load {load:g}"
+        figure.add(Words(LEFT + each * (number + 0.5), level(0) + 5, words, 11, INK, "middle"))
 
 
 if __name__ == "__main__":

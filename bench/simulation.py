@@ -2,8 +2,8 @@
 
 Every job is planned by ``calculate_segments`` for as many GPUs as a rule says, and its segments go to lanes
 by ``FairShares``, longest first, as ``pipeline.dispatch`` does.  A latent frame takes the same time on every
-GPU; preparing, transport and joining take none.  What is simulated is who waits for whom, and what is rendered
-twice because jobs are split.
+GPU; preparing, transport and joining take none.  What is simulated is who waits for whom, and what is
+rendered twice because jobs are split.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Arrivals of jobs: generators with seeds, and files that somebody recorded.
 
 A job's length is drawn from a mix: mostly clips of half a minute, some talks of minutes (log-normal, 2 s to
-10 min).  Nobody recorded such a mix; it is an assumption.  *Load* is the work that comes in a second, unsplit, over
-what the GPUs can do in one.
+10 min).  Nobody recorded such a mix; it is an assumption.  *Load* is the work that comes in a second,
+unsplit, over what the GPUs can do in one.
 """
 
 from __future__ import annotations
