@@ -558,8 +558,10 @@ class GpuPool:
     # --- lanes -----------------------------------------------------------------------------------
 
     def _grant(self) -> None:
-        speeds = self._relative_speeds()
         free = [slot.lane for slot in self._slots.values() if slot.free]
+        if not free:  # as it mostly is while jobs ask
+            return
+        speeds = self._relative_speeds()
         free.sort(key=lambda lane: (-speeds[lane], lane))
         lanes = {slot.lane: slot for slot in self._slots.values()}
         now = time.monotonic()

@@ -19,17 +19,20 @@ import time
 import tracemalloc
 from typing import Any
 
+import ray
+
+from actors.cluster import cluster
 from actors.pool import HOLD_SECONDS, GpuPool, JobEntry, _Slot
 from bench.simulation import MORE_JOBS, Arrival, plan_for, simulate
 from bench.traces import batch
+from pipeline.dispatch import TICK_SECONDS
 from pipeline.messages import RendererInfo
 from pipeline.plan import calculate_segments
 from pipeline.scheduling import FairShares
 from pipeline.settings import Settings
 from pipeline.timeline import FPS
 
-GOAL = 0.01
-"""Of the GPUs' time, lost at most."""
+CALL_SECONDS, AT_ONCE = 2.0, 16
 
 
 def main() -> None:
@@ -42,6 +45,9 @@ def main() -> None:
         "simulation": [_simulation(gpus, options.jobs) for gpus in options.gpus],
         "pool": [asyncio.run(_pool(gpus)) for gpus in options.gpus],
     }
+    if options.ray:
+        with cluster(Settings(engine="draft"), 1):
+            told["calls"] = [_calls(gpus) for gpus in options.gpus]
     print(json.dumps(told) if options.json else _table(told))
 
 
@@ -49,6 +55,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gpus", type=int, nargs="+", default=[8, 64, 256, 1000])
     parser.add_argument("--jobs", type=int, default=10_000, help="in the queue")
+    parser.add_argument("--ray", action="store_true", help="call the actor through a local Ray, too")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
 
@@ -106,6 +113,20 @@ class _Still(GpuPool):
     async def _run(self) -> None:
         """Do nothing."""
 
+    async def fill(self, gpus: int) -> list[JobEntry]:
+        """Lanes that are ready, and as many jobs as a runner takes; the first of them have the lanes."""
+        for lane in range(gpus):
+            node = f"node-{lane // 8:04d}"
+            slot = _Slot(lane, node, lane % 8, renderer=object())
+            slot.info = RendererInfo(lane, node, "draft", "1", "none", 8188, 1, 2, 3, "NVIDIA L40S", 48.0)
+            self._slots[(node, lane % 8)] = slot
+        jobs = 2 * gpus + MORE_JOBS
+        entries = [JobEntry(f"job-{number:05d}/abcdef", planned=True) for number in range(jobs)]
+        for entry in entries:
+            self._enter(entry, frozenset()).want = 1
+        self._grant()
+        return entries
+
 
 async def _pool(gpus: int) -> dict[str, Any]:
     """The pool actor's methods with all lanes lent and twice as many jobs asking.
@@ -114,15 +135,7 @@ async def _pool(gpus: int) -> dict[str, Any]:
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
     pool = _Still("pool-bench", Settings(engine="draft"))
-    for lane in range(gpus):
-        node = f"node-{lane // 8:04d}"
-        slot = _Slot(lane, node, lane % 8, renderer=object())
-        slot.info = RendererInfo(lane, node, "draft", "1", "none", 8188, 1, 2, 3, "NVIDIA L40S", 48.0)
-        pool._slots[(node, lane % 8)] = slot
-    entries = [JobEntry(f"job-{number:05d}/abcdef", planned=True) for number in range(2 * gpus + MORE_JOBS)]
-    for entry in entries:
-        pool._enter(entry, frozenset()).want = 1
-    pool._grant()
+    entries = await pool.fill(gpus)
     memory = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
     held = {claim.job: sorted(claim.held) for claim in pool._shares.claims.values()}
@@ -165,6 +178,28 @@ async def _pool(gpus: int) -> dict[str, Any]:
     }
 
 
+def _calls(gpus: int) -> dict[str, Any]:
+    """Questions of jobs through Ray, sixteen at a time from one process; and how many there would be.
+
+    ``looks_a_second``: of drivers at their renderers, one for each busy GPU and tick.
+    """
+    pool = ray.remote(num_cpus=0)(_Still).remote("pool-bench", Settings(engine="draft"))
+    waiting = ray.get(pool.fill.remote(gpus))[gpus:]
+    count, began = 0, time.perf_counter()
+    while (seconds := time.perf_counter() - began) < CALL_SECONDS:
+        some = [waiting[(count + turn) % len(waiting)] for turn in range(AT_ONCE)]
+        asked = [pool.lend.remote(entry, 0, frozenset(), frozenset()) for entry in some]
+        ray.get(asked)
+        count += len(asked)
+    ray.kill(pool)
+    return {
+        "gpus": gpus,
+        "calls_a_second": round(count / seconds),
+        "asks_a_second": round((gpus + len(waiting)) / HOLD_SECONDS),
+        "looks_a_second": round(gpus / TICK_SECONDS),
+    }
+
+
 def _least(work: Any, times: int) -> float:
     """Seconds of the fastest of several tries: others use this machine, too."""
     found = []
@@ -177,8 +212,9 @@ def _least(work: Any, times: int) -> float:
 
 def _table(told: dict[str, Any]) -> str:
     lines = [f"{told['cores']} cores, load average {told['load_average']}"]
-    for part in ("planner", "simulation", "pool"):
-        rows = told[part]
+    for part in ("planner", "simulation", "pool", "calls"):
+        if not (rows := told.get(part)):
+            continue
         lines += ["", part, "  ".join(f"{name:>12}" for name in rows[0])]
         lines += ["  ".join(f"{_short(value):>12}" for value in row.values()) for row in rows]
     return "\n".join(lines)
