@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import socket
 import threading
 from typing import Any
 
@@ -20,6 +21,7 @@ from actors.cluster import cluster
 from actors.job_runner import ensure_runner, stop_runner
 from actors.pool_client import PoolClient
 from pipeline.errors import ConfigurationError
+from pipeline.logs import write_json_logs
 from pipeline.service_settings import ServiceSettings
 from pipeline.settings import Settings
 from service.app import create_app
@@ -54,6 +56,7 @@ def build() -> FastAPI:
     """The application of one replica."""
     logging.getLogger("service").setLevel(logging.INFO)
     service, settings = ServiceSettings.from_env(), Settings.from_env()
+    write_json_logs(settings.log, node=socket.gethostname())
     return create_app(service, RayBackend(service, settings))
 
 

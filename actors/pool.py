@@ -13,6 +13,7 @@ import contextlib
 import json
 import logging
 import os
+import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,7 @@ from actors.renderer import RendererActor
 from pipeline.engine import runs_on_cpu
 from pipeline.errors import ConfigurationError, PipelineError
 from pipeline.job import finished
+from pipeline.logs import write_json_logs
 from pipeline.messages import RendererInfo
 from pipeline.scheduling import FairShares, Speeds, gpus_for
 from pipeline.settings import Settings
@@ -130,6 +132,7 @@ class GpuPool:
     """All renderers of a cluster.  An async actor: everything runs on its one event loop."""
 
     def __init__(self, name: str, settings: Settings) -> None:
+        write_json_logs(settings.log, node=socket.gethostname(), pool=name)
         self._name, self._settings = name, settings
         self._shares = FairShares()
         self._speeds = Speeds(_read_speeds(settings.speeds_path))

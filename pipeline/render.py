@@ -20,6 +20,7 @@ from pipeline.checkpoints import KeptWindows, missing_segments
 from pipeline.dispatch import Held, Renderers, render_all
 from pipeline.engine import EngineKind
 from pipeline.job import JobDirectory, storage_errors
+from pipeline.logs import log_about
 from pipeline.messages import NodeRuns, RendererInfo, SegmentProgress, SegmentTask
 from pipeline.plan import Plan, Segment, calculate_segments, chain_segments, latents
 from pipeline.preparation import Preparation, prepare
@@ -60,7 +61,7 @@ def render_video(
     Raises ``PipelineError``; what is finished stays in the job directory.
     """
     clock = _Clock()
-    with job.locked(), recording(job) as timeline:
+    with log_about(job=job.name), job.locked(), recording(job) as timeline:
         timeline.stage("preparing")
         on_progress(JobProgress(job.name, "preparing"))
         job.write_json(job.path / "request.json", request.model_dump(mode="json"))

@@ -65,6 +65,8 @@ class Settings(BaseModel):
     """Where measured speeds of GPUs are kept; default: ``infinitetalk/speeds.json`` in the user's cache."""
     scratch_dir: Path | None = None
     """Where engines keep their base directories, and logs; default: each node's own folder for such."""
+    log: Literal["text", "json"] = "text"
+    """``json``: logs are JSON lines, with job, segment, GPU and node where there is one (``pipeline.logs``)."""
     ray_address: str = "local"
     """``local`` starts Ray on this machine; ``auto`` or ``HOST:PORT`` joins a running cluster."""
 
@@ -96,7 +98,7 @@ class Settings(BaseModel):
 
     def of_engines(self) -> dict[str, Any]:
         """The settings that an engine which is running can't take on any more."""
-        others = {"max_attempts", "ray_address", "speeds_file", "idle_seconds", "max_gpus"}
+        others = {"max_attempts", "ray_address", "speeds_file", "idle_seconds", "max_gpus", "log"}
         return self.model_dump(mode="json", exclude=others)
 
     @property

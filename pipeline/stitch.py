@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ def stitch(
             ) as pool:
                 seams = [
                     pool.submit(
+                        copy_context().run,  # logs say whose seam it is
                         _timed_seam,
                         timed(number),
                         *joint,
