@@ -14,7 +14,6 @@ import asyncio
 import json
 import os
 import pickle
-import sys
 import time
 import tracemalloc
 from typing import Any
@@ -183,7 +182,8 @@ def _calls(gpus: int) -> dict[str, Any]:
 
     ``looks_a_second``: of drivers at their renderers, one for each busy GPU and tick.
     """
-    pool = ray.remote(num_cpus=0)(_Still).remote("pool-bench", Settings(engine="draft"))
+    actor: Any = ray.remote(num_cpus=0)(_Still)
+    pool = actor.remote("pool-bench", Settings(engine="draft"))
     waiting = ray.get(pool.fill.remote(gpus))[gpus:]
     count, began = 0, time.perf_counter()
     while (seconds := time.perf_counter() - began) < CALL_SECONDS:
@@ -225,4 +225,4 @@ def _short(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

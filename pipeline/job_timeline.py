@@ -79,13 +79,15 @@ class JobTimeline:
         return replace(self, spans=(Span("queued", since, self.began), *self.spans))
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object; ``at`` is a span's begin in seconds since the job's first moment."""
+        """A JSON object, to the millisecond; ``at`` is a span's begin since the job's first moment."""
+        spans = [replace(span, begin=round(span.begin, 3), end=round(span.end, 3)) for span in self.spans]
+        told = replace(self, spans=tuple(spans))
         return {
             "version": VERSION,
-            "job": self.job,
-            "began": round(self.began, 3),
-            "numbers": numbers([self]),
-            "spans": [_span_json(span, self.began) for span in self.spans],
+            "job": told.job,
+            "began": told.began,
+            "numbers": numbers([told]),
+            "spans": [_span_json(span, told.began) for span in spans],
         }
 
     @classmethod
@@ -102,8 +104,8 @@ class JobTimeline:
 def _span_json(span: Span, began: float) -> dict[str, Any]:
     told = {
         "kind": span.kind,
-        "begin": round(span.begin, 3),
-        "end": round(span.end, 3),
+        "begin": span.begin,
+        "end": span.end,
         "at": round(span.begin - began, 3),
         "seconds": round(span.seconds, 3),
         "gpu": span.gpu,

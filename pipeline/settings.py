@@ -66,7 +66,7 @@ class Settings(BaseModel):
     scratch_dir: Path | None = None
     """Where engines keep their base directories, and logs; default: each node's own folder for such."""
     log: Literal["text", "json"] = "text"
-    """``json``: logs are JSON lines, with job, segment, GPU and node where there is one (``pipeline.logs``)."""
+    """``json``: logs are JSON lines, with the job, segment, GPU and node they are about."""
     ray_address: str = "local"
     """``local`` starts Ray on this machine; ``auto`` or ``HOST:PORT`` joins a running cluster."""
 

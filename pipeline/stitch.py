@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +67,8 @@ def stitch(
             ) as pool:
                 seams = [
                     pool.submit(
-                        copy_context().run,  # logs say whose seam it is
                         _timed_seam,
+                        copy_context(),
                         timed(number),
                         *joint,
                         folder / f"seam-{number:05d}{ffmpeg.FINAL.suffix}",
@@ -105,9 +105,14 @@ def _check(plan: Plan, segments: Sequence[SegmentFiles]) -> None:
             raise MediaError(f"segment {number} has the frames {dict(files.frames)}, the plan wants {wanted}")
 
 
-def _timed_seam(timed: AbstractContextManager[None], *joint: Any) -> SeamReport:
-    with timed:
-        return _seam(*joint)
+def _timed_seam(context: Context, timed: AbstractContextManager[None], *joint: Any) -> SeamReport:
+    """``context``: the caller's, or logs would not say whose seam it is."""
+
+    def make() -> SeamReport:
+        with timed:
+            return _seam(*joint)
+
+    return context.run(make)
 
 
 def _seam(

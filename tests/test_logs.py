@@ -1,4 +1,4 @@
-"""Logs as JSON: every record says what it is about, and those of a job can be put together across processes."""
+"""Logs as JSON: every record says what it is about, so those of a job can be put together again."""
 
 from __future__ import annotations
 
