@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import socket
 import threading
 from typing import Any
 
@@ -23,6 +24,7 @@ from actors.job_runner import ensure_runner, stop_runner
 from actors.pool_client import PoolClient
 from actors.pool_look import pool_status
 from pipeline.errors import ConfigurationError
+from pipeline.logs import write_json_logs
 from pipeline.service_settings import ServiceSettings
 from pipeline.settings import Settings
 from service.app import create_app
@@ -63,6 +65,7 @@ def build() -> FastAPI:
     """The application of one replica."""
     logging.getLogger("service").setLevel(logging.INFO)
     service, settings = ServiceSettings.from_env(), Settings.from_env()
+    write_json_logs(settings.log, node=socket.gethostname())
     return create_app(service, RayBackend(service, settings), metrics.http_answered)
 
 

@@ -21,6 +21,7 @@ from actors import (
     command_redo,
     command_render,
     command_seams,
+    command_timeline,
 )
 from pipeline.errors import (
     ConfigurationError,
@@ -44,6 +45,7 @@ COMMANDS = (
     command_render,
     command_batch,
     command_seams,
+    command_timeline,
     command_redo,
     command_pool,
     command_doctor,

@@ -37,6 +37,7 @@ from pipeline.job import JobDirectory
 from pipeline.job_inputs import resolve
 from pipeline.job_records import Job
 from pipeline.job_store import JobStore
+from pipeline.logs import write_json_logs
 from pipeline.result_delivery import deliver
 from pipeline.retention import clean_up
 from pipeline.service_settings import ServiceSettings
@@ -72,6 +73,7 @@ class JobRunner:
         self._jobs: dict[threading.Thread, JobWatch] = {}
         self._trouble: str | None = None
         self._next_clean_up = self._next_look = 0.0
+        write_json_logs(settings.log, node=socket.gethostname())
         for name in ("pipeline", "actors"):
             logging.getLogger(name).setLevel(logging.INFO)  # jobs' logs become events
         self._loop = threading.Thread(target=self._run, name="jobs", daemon=True)

@@ -17,6 +17,7 @@ import itertools
 import json
 import logging
 import os
+import socket
 import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,6 +33,7 @@ from actors.renderer import RendererActor
 from pipeline.engine import runs_on_cpu
 from pipeline.errors import ConfigurationError, EngineError, PipelineError
 from pipeline.job import finished
+from pipeline.logs import write_json_logs
 from pipeline.messages import RendererInfo
 from pipeline.scheduling import Claim, FairShares, Speeds, gpus_for, weight_of
 from pipeline.settings import Settings
@@ -173,6 +175,7 @@ class GpuPool:
     """All renderers of a cluster.  An async actor: everything runs on its one event loop."""
 
     def __init__(self, name: str, settings: Settings) -> None:
+        write_json_logs(settings.log, node=socket.gethostname(), pool=name)
         self._name, self._settings = name, settings
         self._shares = FairShares()
         self._speeds = Speeds(_read_speeds(settings.speeds_path))
@@ -700,12 +703,15 @@ class GpuPool:
     # --- lanes -----------------------------------------------------------------------------------
 
     def _grant(self) -> None:
-        speeds, now = self._relative_speeds(), time.monotonic()
+        now = time.monotonic()
         free = [
             slot.lane
             for slot in self._slots.values()
             if slot.free and (slot.adopted is None or now > slot.adopted + RESUME_SECONDS)
         ]
+        if not free:  # as it mostly is while jobs ask
+            return
+        speeds = self._relative_speeds()
         free.sort(key=lambda lane: (-speeds[lane], lane))
         lanes = {slot.lane: slot for slot in self._slots.values()}
         for job, lane in self._shares.grant(free):

@@ -42,6 +42,7 @@ from pipeline.errors import (
     StorageError,
 )
 from pipeline.job import storage_errors
+from pipeline.logs import log_about, write_json_logs
 from pipeline.messages import (
     RenderedSegment,
     RendererInfo,
@@ -76,6 +77,7 @@ class Renderer:
     def __init__(self, lane: int, settings: Settings, index: int = 0) -> None:
         self._lane, self._settings, self._index = lane, settings, index
         self._node = socket.gethostname()
+        write_json_logs(settings.log, node=self._node, gpu=lane)
         self._open = ExitStack()
         self._info: RendererInfo | None = None
         self._turn = threading.Lock()
@@ -171,7 +173,9 @@ class Renderer:
             self._cancelled.clear()
             self._holder, self._lease = holder, lease
         try:
-            return self._render_task(task)
+            with log_about(job=task.recipe.job, segment=task.index, attempt=task.attempt):
+                log.info("segment %d begins with window %d", task.index, task.first)
+                return self._render_task(task)
         except GraphError as error:
             self._recover_memory(error)
             raise

@@ -6,6 +6,7 @@ Drawing only: what the numbers mean is in ``pipeline.progress``.
 from __future__ import annotations
 
 import logging
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,10 +19,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.logs import JsonFormatter, extra_fields
 from pipeline.progress import JobProgress, SegmentState
 from pipeline.render import OnProgress
+from pipeline.settings import Settings
 
-STANDARD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 STAGES = {
     "preparing": "preparing the picture and the speech",
     "starting": "starting the engines",
@@ -35,7 +37,7 @@ class FieldFormatter(logging.Formatter):
     """``message  job=... segment=...``: what was given as ``extra`` follows the words."""
 
     def format(self, record: logging.LogRecord) -> str:
-        fields = {key: value for key, value in vars(record).items() if key not in STANDARD_FIELDS}
+        fields = extra_fields(record)
         words = super().format(record)
         return f"{words}  " + " ".join(f"{key}={value}" for key, value in fields.items()) if fields else words
 
@@ -45,7 +47,10 @@ def logging_on(console: Console, level: int, *, plain: bool) -> Iterator[None]:
     """Logs on standard error: coloured on a terminal unless ``plain``, else lines with the time."""
     root = logging.getLogger()
     handler: logging.Handler
-    if console.is_terminal and not plain:
+    if Settings.from_env().log == "json":
+        handler = logging.StreamHandler()
+        handler.setFormatter(JsonFormatter(node=socket.gethostname()))
+    elif console.is_terminal and not plain:
         handler = RichHandler(console=console, show_path=False, markup=False, highlighter=None)
         handler.setFormatter(FieldFormatter("%(message)s"))
     else:

@@ -88,14 +88,15 @@ def render_all(
     max_attempts: int,
     tick: Callable[[Held], Iterable[int]],
     planned: Sequence[int] = (),
+    sent: Callable[[SegmentTask, int, Future[RenderedSegment]], None] = lambda *_: None,
 ) -> Iterator[RenderedSegment]:
     """Yield tasks as they finish: longest segment first, each on its planned lane, or on any that comes.
 
-    ``planned``: the lanes that the GPUs of the plan stand for.  A segment of which windows are left
-    (``RenderedSegment.left``) goes on with another task.  One whose renderer is lost gets another try on
-    another lane, ``max_attempts`` for each task; a lane that lost that many in a row is left alone.  Any
-    other error ends the job: ``RenderFailed`` with the segment and what its renderer said.  Whatever ends the
-    iteration cancels what is still in work.
+    ``planned``: the lanes that the GPUs of the plan stand for.  ``sent`` hears of each task that goes out.
+    A segment of which windows are left (``RenderedSegment.left``) goes on with another task.  One whose
+    renderer is lost gets another try on another lane, ``max_attempts`` for each task; a lane that lost that
+    many in a row is left alone.  Any other error ends the job: ``RenderFailed`` with the segment and what its
+    renderer said.  Whatever ends the iteration cancels what is still in work.
 
     ``tick`` gets the segments in work and their lanes several times a second, and says which of them are held
     up: when nothing waits, those are run a second time, once, and the slower run is cancelled.
@@ -115,7 +116,9 @@ def render_all(
                 if chosen := _choose(waiting, lane, usable, lane_of):
                     waiting.remove(chosen)
                     task = task_for(chosen.segment, chosen.number)
-                    running[renderers.submit(task, lane)] = (chosen, lane)
+                    future = renderers.submit(task, lane)
+                    running[future] = (chosen, lane)
+                    sent(task, lane, future)
             renderers.want(len(waiting), _unwanted(waiting, state.ready | state.coming, usable))
             if not running and not usable:
                 raise RenderFailed(waiting[0].segment.index, f"no renderer is left; {reason}")

@@ -11,7 +11,8 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from contextvars import copy_context
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +20,7 @@ from typing import Self
 
 from pipeline.errors import MediaError, PipelineError
 from pipeline.job import JobDirectory
-from pipeline.kept_seams import Joint, KeptSeam, forget_seams, keep_seam
+from pipeline.kept_seams import Joint, KeptSeam, Timed, forget_seams, keep_seam
 from pipeline.plan import Plan
 from pipeline.seam import Method
 from pipeline.segment_files import SegmentFiles
@@ -53,8 +54,15 @@ class Joining:
 class Front:
     """The finished front of one job, as a context manager; ``follow`` begins, ``look`` tells news."""
 
-    def __init__(self, job: JobDirectory, joining: Joining, track: Future[Track]) -> None:
-        self._job, self._joining, self._track = job, joining, track
+    def __init__(
+        self,
+        job: JobDirectory,
+        joining: Joining,
+        track: Future[Track],
+        timed: Timed = lambda _: nullcontext(),
+    ) -> None:
+        self._job, self._joining, self._track, self._timed = job, joining, track, timed
+        self._context = copy_context()  # logs say whose work it is
         self._plan: Plan | None = None
         self._seams: dict[int, Future[KeptSeam]] = {}
         self._news, self._over, self._aborted = threading.Event(), threading.Event(), threading.Event()
@@ -159,7 +167,9 @@ class Front:
                 start = plan.segments[number + 1].start
                 method, speech = self._joining.method, self._joining.speech
                 joint = Joint(number, start, frames, earlier, later, method, speech)
-                self._seams[number] = self._pool.submit(keep_seam, joint, self._job.seams)
+                self._seams[number] = self._pool.submit(
+                    self._context.copy().run, keep_seam, joint, self._job.seams, self._timed
+                )
                 self._seams[number].add_done_callback(self._seam_is_made)
 
     def _seam_is_made(self, seam: Future[KeptSeam]) -> None:

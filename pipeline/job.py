@@ -14,6 +14,7 @@
     seams/                  the seams that are made (``kept_seams``)
     stream/                 what can be watched before the end (``stream``)
     result.json             the end
+    timeline.json           what every GPU did, and when
 
 Files appear under their names only when they are whole.  Nobody else joins paths.
 """
@@ -86,6 +87,10 @@ class JobDirectory:
     def stream(self) -> Path:
         """The folder of the finished front of the video, for players."""
         return self.path / "stream"
+
+    @property
+    def timeline(self) -> Path:
+        return self.path / "timeline.json"
 
     @property
     def work(self) -> Path:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -54,7 +55,11 @@ class KeptSeam:
     report: SeamReport
 
 
-def keep_seam(joint: Joint, folder: Path) -> KeptSeam:
+Timed = Callable[[int], AbstractContextManager[None]]
+"""Within it the seam of this number is made."""
+
+
+def keep_seam(joint: Joint, folder: Path, timed: Timed = lambda _: nullcontext()) -> KeptSeam:
     """Make a seam, or find it where it was made before.  300 MB at 480p while it is made.
 
     Raises ``MediaError``, ``StorageError``.
@@ -64,7 +69,10 @@ def keep_seam(joint: Joint, folder: Path) -> KeptSeam:
     name = f"{joint.number:04d}-{hashlib.sha256(what.encode()).hexdigest()[:16]}"
     path, notes = folder / f"{name}{ffmpeg.FINAL.suffix}", folder / f"{name}.json"
     known = _known(path, notes, joint.frames)
-    return known or _make(joint, path, notes)
+    if known is not None:
+        return known
+    with timed(joint.number):
+        return _make(joint, path, notes)
 
 
 def forget_seams(folder: Path, kept: Collection[Path]) -> None:

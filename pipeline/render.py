@@ -21,6 +21,7 @@ from pipeline.dispatch import Held, Renderers, render_all
 from pipeline.engine import EngineKind
 from pipeline.front import Front, Joining
 from pipeline.job import JobDirectory, storage_errors
+from pipeline.logs import log_about
 from pipeline.messages import NodeRuns, RendererInfo, SegmentProgress, SegmentTask
 from pipeline.plan import Plan, Segment, calculate_segments, chain_segments, latents
 from pipeline.preparation import Preparation, prepare
@@ -31,6 +32,7 @@ from pipeline.segment_files import SegmentFiles
 from pipeline.speech import find_pauses
 from pipeline.stitch import stitch
 from pipeline.stragglers import Run, held_up
+from pipeline.timeline_recorder import TimelineRecorder, recording
 from pipeline.vocals import VocalSeparator
 from pipeline.workflow import Workflow
 
@@ -65,7 +67,8 @@ def render_video(
     Raises ``PipelineError``; what is finished stays in the job directory.
     """
     clock = _Clock()
-    with job.locked():
+    with log_about(job=job.name), job.locked(), recording(job) as timeline:
+        timeline.stage("preparing")
         tick = partial(on_progress, JobProgress(job.name, "preparing"))
         tick()
         job.write_json(job.path / "request.json", request.model_dump(mode="json"))
@@ -77,7 +80,7 @@ def render_video(
         joining = Joining(request.seam, speech, watched)
         with (
             _in_background(partial(prepared.make_sound, job.work / "sound.mp4")) as track,
-            Front(job, joining, track) as front,
+            Front(job, joining, track, timeline.seam) as front,
         ):
             # The whole track is encoded, and seams are joined, while the GPUs render.
             def seen(progress: JobProgress) -> None:
@@ -91,9 +94,11 @@ def render_video(
                 plan, done = known, _Done({segment.gpu for segment in known.segments})
                 front.follow(plan)
             else:
+                timeline.stage("starting")
                 on_progress(JobProgress(job.name, "starting"))
                 with open_renderers() as renderers:
                     infos = renderers.start()
+                    timeline.know(infos)
                     _log_devices(infos)
                     clock.lap("start")
                     plan = known or _plan(request, prepared, infos, make_plan, workflow)
@@ -110,14 +115,26 @@ def render_video(
                     def task_for(segment: Segment, attempt: int, kept: KeptWindows) -> SegmentTask:
                         return prepared.task(recipe, plan, segment, attempt, kept.count, kept.motion)
 
+                    timeline.stage("waiting")  # until the first task goes out
                     done = _render_missing(
-                        job, plan, missing, task_for, renderers, infos, max_attempts, seen, front.look
+                        job,
+                        plan,
+                        missing,
+                        task_for,
+                        renderers,
+                        infos,
+                        max_attempts,
+                        seen,
+                        front.look,
+                        timeline,
                     )
+                    timeline.rendered()
                     clock.lap("render")
 
             def joining_still() -> None:
                 on_progress(JobProgress(job.name, "joining", 0, states))
 
+            timeline.stage("joining")
             states = _states(plan, job, {}, {}, on=done.on)
             joining_still()
             files = [SegmentFiles.in_folder(job.segment(segment.index)) for segment in plan.segments]
@@ -137,6 +154,7 @@ def render_video(
                 tick=joining_still,
             )
             front.finish(plan)
+        timeline.stage(None)
         clock.lap("join")
         result = RenderResult(
             job=job.name,
@@ -148,7 +166,7 @@ def render_video(
             width=prepared.width,
             height=prepared.height,
             seams=seams,
-            timings={**clock.laps(), "gpu_seconds": done.gpu_seconds},
+            timings={**timeline.numbers(), **clock.laps()},
             nodes=done.nodes,
             fps=request.fps,
         )
@@ -218,6 +236,7 @@ def _render_missing(
     max_attempts: int,
     on_progress: OnProgress,
     on_kept: Callable[[], None],
+    timeline: TimelineRecorder,
 ) -> _Done:
     """Render what is not there yet, storing each window as it comes; ``on_kept`` hears of it."""
     seconds: dict[int, tuple[float, ...]] = {}
@@ -226,7 +245,9 @@ def _render_missing(
 
     def tick(held: Held) -> Iterable[int]:
         running: dict[int, SegmentProgress] = {}
-        for seen in renderers.progress():  # of two runs of a segment, the one that is ahead
+        progress = renderers.progress()
+        timeline.seen(progress)
+        for seen in progress:  # of two runs of a segment, the one that is ahead
             if seen.index not in running or seen.windows_done > running[seen.index].windows_done:
                 running[seen.index] = seen
         for index, lane in held:
@@ -253,13 +274,12 @@ def _render_missing(
 
     todo = [segment for segment in plan.segments if segment.index in missing]
     planned = [info.lane for info in infos]
-    for rendered in render_all(todo, next_task, renderers, max_attempts, tick, planned):
+    for rendered in render_all(todo, next_task, renderers, max_attempts, tick, planned, timeline.sent):
         for window in rendered.windows:
             missing[rendered.index].keep(window)
         on_kept()
         seconds[rendered.index] = seconds.get(rendered.index, ()) + rendered.window_seconds
         done.lanes.add(rendered.lane)
-        done.gpu_seconds += sum(rendered.window_seconds)
         for name, runs in rendered.nodes.items():
             done.nodes[name] = done.nodes.get(name, NodeRuns()) + runs
         if rendered.left:
@@ -319,8 +339,6 @@ class _Done:
     """What the renderers did for this start of a job."""
 
     lanes: set[int] = field(default_factory=set)
-    gpu_seconds: float = 0.0
-    """Of all windows together."""
     on: dict[int, int] = field(default_factory=dict)
     """The lane of each segment that was finished."""
     nodes: dict[str, NodeRuns] = field(default_factory=dict)

@@ -16,6 +16,7 @@ whole is done sooner.  GPUs that are free just now are shared out among the jobs
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -79,6 +80,8 @@ class FairShares:
         self.claims: dict[str, Claim] = {}
         self.virtual_time = 0.0
         self._orders = 0
+        self._weights = 0.0
+        """Of all claims together."""
 
     def enter(
         self, job: str, priority: int = 0, at_most: int | None = None, held: Iterable[int] = ()
@@ -89,41 +92,51 @@ class FairShares:
             self.claims[job] = Claim(
                 job, weight_of(priority), self._orders, self.virtual_time, at_most, held=set(held)
             )
+            self._weights += self.claims[job].weight
         return self.claims[job]
 
     def leave(self, job: str) -> frozenset[int]:
         """Forget a job; the lanes it held."""
         claim = self.claims.pop(job, None)
-        return frozenset() if claim is None else frozenset(claim.held)
+        if claim is None:
+            return frozenset()
+        # Sums of powers of two and their inverses go wrong by rounding only; an empty pool is exact again.
+        self._weights = self._weights - claim.weight if self.claims else 0.0
+        return frozenset(claim.held)
 
     def served(self, job: str, seconds: float) -> None:
         """A job had a GPU for so long."""
         if not self.claims:
             return
-        self.virtual_time += seconds / sum(claim.weight for claim in self.claims.values())
+        self.virtual_time += seconds / self._weights
         if job in self.claims:
             self.claims[job].tag += seconds / self.claims[job].weight
 
     def grant(self, free: Sequence[int]) -> list[tuple[str, int]]:
         """Give the free lanes away, the first of them first; who gets which.  Their claims hold them then.
 
-        A claim takes the first free lane that it does not avoid.
+        A claim takes the first free lane that it does not avoid.  Takes a look at each claim, and the
+        logarithm of their number for each lane.
         """
         given: list[tuple[str, int]] = []
         left = list(free)
-        hungry = [claim for claim in self.claims.values() if claim.open]
+        if not left:
+            return given
+        hungry = [_turn(claim) for claim in self.claims.values() if claim.open]
+        heapq.heapify(hungry)
+        by_order = {claim.order: claim for claim in self.claims.values()} if hungry else {}
         while left and hungry:
-            claim = min(hungry, key=_turn)
+            claim = by_order[hungry[0][-1]]
             lane = next((lane for lane in left if lane not in claim.avoid), None)
-            if lane is None:
-                hungry.remove(claim)
-                continue
-            left.remove(lane)
-            claim.held.add(lane)
-            claim.want -= 1
-            given.append((claim.job, lane))
-            if not claim.open:
-                hungry.remove(claim)
+            if lane is not None:
+                left.remove(lane)
+                claim.held.add(lane)
+                claim.want -= 1
+                given.append((claim.job, lane))
+            if lane is not None and claim.open:
+                heapq.heapreplace(hungry, _turn(claim))
+            else:
+                heapq.heappop(hungry)
         return given
 
     def returned(self, job: str, lane: int) -> None:

@@ -69,6 +69,8 @@ class Settings(BaseModel):
     """The command that takes the music away from a track, with ``{input}`` and ``{folder}``: ``vocals``."""
     vocal_separator_seconds: float = Field(default=3600, gt=0)
     """How long it may take for one track."""
+    log: Literal["text", "json"] = "text"
+    """``json``: logs are JSON lines, with the job, segment, GPU and node they are about."""
     ray_address: str = "local"
     """``local`` starts Ray on this machine; ``auto`` or ``HOST:PORT`` joins a running cluster."""
 
@@ -108,7 +110,7 @@ class Settings(BaseModel):
     def of_engines(self) -> dict[str, Any]:
         """The settings that an engine which is running can't take on any more."""
         drivers = {"max_attempts", "ray_address", "vocal_separator", "vocal_separator_seconds"}
-        pools = {"speeds_file", "idle_seconds", "max_gpus"}
+        pools = {"speeds_file", "idle_seconds", "max_gpus", "log"}
         return self.model_dump(mode="json", exclude=drivers | pools)
 
     @property

@@ -12,10 +12,14 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pipeline.errors import InvalidRequest, JobNotFound
+from pipeline.errors import InvalidRequest, JobConflict, JobNotFound
+from pipeline.job import JobDirectory
 from pipeline.job_records import Job, JobState, Standing
 from pipeline.job_store import JobStore
+from pipeline.job_timeline import JobTimeline
 from pipeline.request import RenderRequest
+from pipeline.timeline_picture import draw_timeline
+from pipeline.timeline_recorder import stored_timeline
 from service.intake import FILE_FIELDS, Submission, submit
 from service.news import News
 from service.reads import JobReads
@@ -341,6 +345,33 @@ async def read_video(
     return FileResponse(
         path, media_type="video/mp4", filename=f"{job.id}.mp4", content_disposition_type="inline"
     )
+
+
+def timeline_of(job: OwnJob, store: Store) -> JobTimeline:
+    """What was recorded of a job of the caller's; the time in the queue comes first."""
+    directory = JobDirectory(store.work(job.id), job.id)
+    if not directory.timeline.exists():
+        raise JobConflict(job.id, "nothing of it was rendered yet")
+    return stored_timeline(directory).queued(job.created)
+
+
+Timeline = Annotated[JobTimeline, Depends(timeline_of)]
+
+
+@router.get("/jobs/{job}/timeline", responses=ERRORS)
+def read_timeline(timeline: Timeline) -> dict[str, Any]:
+    """What every GPU did for the job, and when; see docs/timeline.md."""
+    return timeline.to_json()
+
+
+@router.get(
+    "/jobs/{job}/timeline.svg",
+    response_class=Response,
+    responses={**ERRORS, 200: {"content": {"image/svg+xml": {"schema": {"type": "string"}}}}},
+)
+def draw(timeline: Timeline) -> Response:
+    """The same as a picture."""
+    return Response(draw_timeline([timeline]).svg(), media_type="image/svg+xml")
 
 
 @router.get(

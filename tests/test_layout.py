@@ -18,7 +18,7 @@ FORBIDDEN = {
     "pipeline": {"ray", "fastapi", "starlette", "actors", "serve_app", "infinitetalk", "bench"},
     "actors": {"fastapi", "starlette", "serve_app", "infinitetalk", "bench"},
 }
-PURE = ("plan", "pauses", "progress", "timeline", "errors", "comfy_events")
+PURE = ("plan", "pauses", "progress", "timeline", "errors", "comfy_events", "job_timeline", "scheduling")
 IMPURE = {"subprocess", "requests", "socket", "time", "os", "shutil", "tempfile"}
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import json
 import subprocess
 import sys
 import time
+import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 import requests
 
+from pipeline.job_timeline import JobTimeline, Span
 from tests.conftest import ROOT
 from tests.free_ports import free_port
 
@@ -278,3 +281,24 @@ def test_the_openapi_document_holds(app: App, tmp_path: Path) -> None:
     ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=170, check=False)
     assert done.returncode == 0, done.stdout[-6000:]
+
+
+def test_the_timeline_of_a_job(app: App) -> None:
+    """409 until something was recorded; then JSON that begins with the queue, and a picture."""
+    job = app.submit().json()
+    url = f"{app.url}/v1/jobs/{job['id']}"
+    for name in ("timeline", "timeline.svg"):
+        assert error_of(early := requests.get(f"{url}/{name}", timeout=10))["code"] == "conflict"
+        assert early.status_code == 409
+        assert requests.get(f"{app.url}/v1/jobs/none/{name}", timeout=10).status_code == 404
+    begin = job["created"] + 5
+    spans = tuple(Span(kind, begin, begin + 10, gpu=0, node="n", segment=0) for kind in ("segment", "window"))
+    work = app.data / "jobs" / job["id"] / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "timeline.json").write_text(json.dumps(JobTimeline(job["id"], spans).to_json()))
+    timeline = JobTimeline.from_json(requests.get(f"{url}/timeline", timeout=10).json())
+    assert [span.kind for span in timeline.spans] == ["queued", "segment", "window"]
+    assert timeline.spans[0].seconds == pytest.approx(5, abs=0.01)
+    picture = requests.get(f"{url}/timeline.svg", timeout=10)
+    assert picture.headers["Content-Type"].startswith("image/svg+xml")
+    assert "queued" in "".join(ET.fromstring(picture.text).itertext())
