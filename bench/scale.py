@@ -14,6 +14,7 @@ import asyncio
 import json
 import os
 import pickle
+import tempfile
 import time
 import tracemalloc
 from types import SimpleNamespace
@@ -26,6 +27,8 @@ from actors.pool import HOLD_SECONDS, GpuPool, JobEntry, Lease, _Slot
 from bench.simulation import MORE_JOBS, Arrival, plan_for, simulate
 from bench.traces import batch
 from pipeline.dispatch import TICK_SECONDS
+from pipeline.job_index import JobIndex
+from pipeline.job_records import NewJob
 from pipeline.messages import RendererInfo
 from pipeline.plan import calculate_segments
 from pipeline.scheduling import FairShares
@@ -43,7 +46,9 @@ def main() -> None:
         "load_average": round(os.getloadavg()[0], 1),
         "planner": [_planner(frames, gpus) for gpus in options.gpus for frames in (30 * FPS, 3600 * FPS)],
         "simulation": [_simulation(gpus, options.jobs) for gpus in options.gpus],
+        "one lane for one of": [_grant(options.jobs)],
         "pool": [asyncio.run(_pool(gpus)) for gpus in options.gpus],
+        "index": [_index(options.jobs)],
     }
     if options.ray:
         with cluster(Settings(engine="draft"), 1):
@@ -105,6 +110,14 @@ def _simulation(gpus: int, jobs: int) -> dict[str, Any]:
         "busy": round(outcome.busy, 4),
         "wall_seconds": round(whole, 1),
     }
+
+
+def _grant(jobs: int) -> dict[str, Any]:
+    """A single decision where all jobs are in the pool at once, each of them hungry."""
+    shares = FairShares()
+    for number in range(jobs):
+        shares.enter(str(number)).want = jobs
+    return {"jobs": jobs, "ms": round(1e3 * _least(lambda: shares.grant([0]), 20), 2)}
 
 
 _NOBODY = SimpleNamespace(cancel=SimpleNamespace(remote=lambda _: None))
@@ -183,6 +196,19 @@ async def _pool(gpus: int) -> dict[str, Any]:
     }
 
 
+def _index(jobs: int) -> dict[str, Any]:
+    """The service's index (SQLite) with so many queued jobs: what a new job and a runner's claim take."""
+    with tempfile.TemporaryDirectory() as folder:
+        index = JobIndex(f"sqlite:///{folder}/index.sqlite")
+        began = time.perf_counter()
+        for number in range(jobs):
+            index.add(NewJob("v1", "bench", {}, {}, str(number)), jobs)
+        added = time.perf_counter() - began
+        claimed = _least(lambda: index.claim("bench"), 20)
+        index.close()
+    return {"jobs": jobs, "add_ms": round(1e3 * added / jobs, 2), "claim_ms": round(1e3 * claimed, 2)}
+
+
 def _calls(gpus: int) -> dict[str, Any]:
     """Questions of jobs through Ray, sixteen at a time from one process; and how many there would be.
 
@@ -218,7 +244,7 @@ def _least(work: Any, times: int) -> float:
 
 def _table(told: dict[str, Any]) -> str:
     lines = [f"{told['cores']} cores, load average {told['load_average']}"]
-    for part in ("planner", "simulation", "pool", "calls"):
+    for part in ("planner", "simulation", "one lane for one of", "pool", "index", "calls"):
         if not (rows := told.get(part)):
             continue
         lines += ["", part, "  ".join(f"{name:>12}" for name in rows[0])]

@@ -65,11 +65,10 @@ class TimelineRecorder:
         """The step that the job is at from now on; ``waiting`` is left whenever a GPU renders."""
         with self._lock:
             self._rendering = stage == "waiting"
-            self._change(stage)
+            self._change(stage, self._clock.now())
         self.save()
 
-    def _change(self, stage: Stage | None) -> None:
-        now = self._clock.now()
+    def _change(self, stage: Stage | None, now: float) -> None:
         if self._stage is not None:
             self._spans.append(Span(self._stage[0], self._stage[1], now, start=self._start))
         self._stage = None if stage is None else (stage, now)
@@ -87,10 +86,10 @@ class TimelineRecorder:
     def sent(self, task: SegmentTask, lane: int, work: Future[RenderedSegment]) -> None:
         """A task went to a lane; its end is noted by itself."""
         with self._lock:
-            run = _Run(task.index, lane, task.attempt, task.first, self._clock.now())
-            self._runs[work] = run
+            now = self._clock.now()
+            self._runs[work] = _Run(task.index, lane, task.attempt, task.first, now)
             if self._rendering and self._stage is not None:
-                self._change(None)
+                self._change(None, now)
         work.add_done_callback(self._ended)
 
     def seen(self, progress: Sequence[SegmentProgress]) -> None:

@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,13 @@ from pipeline.engine import RunningEngine, choose_engine, running_engine
 from pipeline.errors import InvalidRequest, JobCancelled, RendererLost
 from pipeline.job import JobDirectory
 from pipeline.job_timeline import JobTimeline, Span, chrome_trace, numbers
-from pipeline.messages import RenderedSegment, SegmentTask
+from pipeline.messages import Recipe, RenderedSegment, SegmentProgress, SegmentTask
 from pipeline.plan import Plan, Segment
 from pipeline.progress import JobProgress
 from pipeline.render import render_video
 from pipeline.request import RenderRequest
 from pipeline.settings import Settings
-from pipeline.timeline_recorder import stored_timeline
+from pipeline.timeline_recorder import recording, stored_timeline
 from pipeline.workflow import load
 from tests.engine_renderers import EngineRenderers, engine_renderers
 
@@ -194,6 +195,34 @@ def test_the_timeline_reads_back_as_it_was(job: JobDirectory) -> None:
     for damage in ({"version": 9}, {"spans": [{"kind": "nap", "begin": 1, "end": 2}]}, {"spans": 3}):
         with pytest.raises(InvalidRequest, match="timeline"):
             JobTimeline.from_json({**told, **damage})
+
+
+def test_a_recorder_knows_what_it_was_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Windows of a lost run as far as they were seen, waiting between runs, what is still in work."""
+    job = JobDirectory(tmp_path, "talk")
+    job.timeline.write_text("{")
+    with recording(job) as recorder:
+        assert "begun anew" in caplog.text
+        recorder.stage("waiting")
+        lost, kept = Future[RenderedSegment](), Future[RenderedSegment]()
+        task = SegmentTask(load_recipe(), 5, 81, (81, 81), 0, 0, (), (), first=3)
+        recorder.sent(task, 1, lost)
+        recorder.seen([SegmentProgress(5, 4, 0.5, (0.01,))])
+        lost.set_exception(RendererLost(5, "it was killed"))
+        recorder.sent(replace(task, attempt=2), 0, kept)
+        stored = {span.outcome for span in recorder.timeline().spans}
+        assert stored == {"done", "lost", "open"}
+        kept.set_exception(JobCancelled("talk"))
+        recorder.stage(None)
+    spans = stored_timeline(job).spans
+    assert [span.kind for span in spans] == ["waiting", "segment", "window", "waiting", "segment", "waiting"]
+    assert [(span.number, span.gpu) for span in spans if span.kind == "window"] == [(3, 1)]
+    assert [span.outcome for span in spans if span.kind == "segment"] == ["lost", "cancelled"]
+    assert all(before.end <= after.begin for before, after in pairwise(spans) if after.kind == "waiting")
+
+
+def load_recipe() -> Recipe:
+    return Recipe("talk", load("talk_single"), "", 0, 4, 64, 64, 9)
 
 
 def lane(job: str, *runs: tuple[int, float, float], gpu: int = 0) -> JobTimeline:
