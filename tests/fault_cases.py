@@ -11,7 +11,7 @@ import signal
 import subprocess
 import time
 import wave
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -278,12 +278,12 @@ CASES: dict[str, Callable[[Cluster], Measured]] = {
 
 
 @contextmanager
-def cluster_of(folder: Path) -> Iterator[Cluster]:
+def cluster_of(folder: Path, head_env: Mapping[str, str] | None = None, **env: str) -> Iterator[Cluster]:
     """A head and two nodes with two GPUs each; afterwards nothing of it is left."""
-    cluster = Cluster(folder)
+    cluster = Cluster(folder, head_env=head_env, **env)
     try:
         yield cluster.start()
     finally:
         left = cluster.stop()
-    assert not left, f"{len(left)} processes had to be killed"
+    assert not left, "these processes did not end: " + "; ".join(left)
     assert not list(cluster.scratch.glob("infinitetalk-engine-*")), "folders of engines are left"

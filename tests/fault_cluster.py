@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,13 +30,16 @@ from actors.pool_client import code_mark
 from tests.free_ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
-RAY = (sys.executable, "-m", "tests.ray_on_loopback")
 START_SECONDS = 120.0
+LEFT_SECONDS = 25.0
+"""How long processes may live on by themselves: guards end their engines first, agents of Ray look for it."""
 RAY_ENV = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "disabled",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_worker_niceness": "0",
+    "RAY_raylet_start_wait_time_s": "90",
+    "RAY_gcs_server_request_timeout_seconds": "10",  # agents whose head is gone wait so long
     # Ray finds a dead node in 12 s by itself; these are for loaded machines, and still 6 s.
     "RAY_health_check_initial_delay_ms": "0",
     "RAY_health_check_period_ms": "1000",
@@ -69,13 +72,20 @@ class Node:
 class Cluster:
     """A head without GPUs, and nodes that have some."""
 
-    def __init__(self, folder: Path, gpus: Sequence[int] = (2, 2), **env: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        gpus: Sequence[int] = (2, 2),
+        head_env: Mapping[str, str] | None = None,
+        **env: str,
+    ) -> None:
         self.mark = uuid.uuid4().hex
         self.folder = folder
         self.scratch = folder / "scratch"
         self.scratch.mkdir(parents=True, exist_ok=True)
         self._temp = Path(tempfile.mkdtemp(prefix="rf-"))  # short: the paths of sockets are limited
-        self._env = env
+        self._env, self._head_env = env, head_env or {}
+        self.ray: tuple[str, ...] = (sys.executable, "-m", "tests.ray_on_loopback")
         self._port = free_port()
         self.address = f"127.0.0.1:{self._port}"
         self.nodes: list[Node] = []
@@ -90,15 +100,13 @@ class Cluster:
     def start(self) -> Cluster:
         """Start all nodes."""
         self.start_head()
-        starting = [self._ray_start(f"node{number}", gpus) for number, gpus in enumerate(self._shape)]
-        for node in starting:
-            self._wait_started(node)
-        self.nodes += starting
+        for gpus in self._shape:  # one after the other: two that start at once, on one address, hang
+            self.add_node(gpus)
         return self
 
-    def start_head(self, **env: str) -> Node:
+    def start_head(self) -> Node:
         """The head; a second one goes to the first one's address."""
-        self.head = self._ray_start("head", 0, **env)
+        self.head = self._ray_start("head", 0, **self._head_env)
         self._wait_started(self.head)
         return self.head
 
@@ -116,15 +124,14 @@ class Cluster:
     def _ray_start(self, name: str, gpus: int, **env: str) -> Node:
         mark = f"{self.mark}-{uuid.uuid4().hex[:6]}"
         prefix, ip = self._where(name)
-        place = (
-            ["--head", f"--port={self._port}", f"--ray-client-server-port={free_port()}"]
-            if name == "head"
-            else [f"--address={self.address}"]
-        )
+        place = [f"--address={self.address}"]
+        if name == "head":
+            client = f"--ray-client-server-port={free_port()}"
+            place = ["--head", f"--port={self._port}", client, "--include-dashboard=false"]
+            place += [f"--temp-dir={self._temp}", "--disable-usage-stats"]
         command = [
-            *(*prefix, *RAY, "start", *place, "--block", f"--node-ip-address={ip}"),
+            *(*prefix, *self.ray, "start", *place, "--block", f"--node-ip-address={ip}"),
             *("--num-cpus=1", f"--num-gpus={gpus}", "--object-store-memory=104857600"),
-            *("--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={self._temp}"),
             *("--min-worker-port=0", "--max-worker-port=0", f"--dashboard-agent-listen-port={free_port()}"),
         ]
         log = (self.folder / f"{name}-{mark[-6:]}.log").open("wb")
@@ -162,17 +169,17 @@ class Cluster:
                 else:
                     os.environ[name] = value
 
-    def stop(self) -> list[int]:
-        """Kill all of it; what had to be killed though its node was gone."""
-        left: list[int] = []
+    def stop(self) -> list[str]:
+        """Kill all nodes; the command lines of what did not end with them."""
         for node in [*self.nodes, self.head]:
             node.kill()
-        # What lives on by itself: guards end their engines first.
+        mine = f"TEST_MARK={self.mark}"
         with suppress(TimeoutError):
-            until(lambda: not processes(f"TEST_MARK={self.mark}"), 20)
-        for pid in processes(f"TEST_MARK={self.mark}"):
-            left.append(pid)
-            with suppress(ProcessLookupError):
+            until(lambda: not processes(mine), LEFT_SECONDS)
+        left = []
+        for pid in processes(mine):
+            with suppress(OSError):
+                left.append(Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " "))
                 os.kill(pid, signal.SIGKILL)
         shutil.rmtree(self._temp, ignore_errors=True)
         return left

@@ -1,0 +1,212 @@
+"""Faults that need a cluster of their own: the head dies, with and without its state; a network breaks.
+
+What the others share is in ``fault_cases``.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.fault_cases import FRAMES, SPARE, Measured, after_loss, cluster_of, measured, speech
+from tests.fault_cluster import Cluster, Node, engines, submit, until, windows_rendered
+from tests.free_ports import free_port
+from tests.service_process import Service, running_service
+
+LANES = 4
+
+
+def missing_for(fault: str) -> str | None:
+    """Why this machine can't do it; None where it can."""
+    if fault == "head, state kept" and shutil.which("redis-server") is None:
+        return "there is no redis-server"
+    if fault == "partition":
+        made = shutil.which("ip") and subprocess.run(
+            ["ip", "netns", "list"], capture_output=True, check=False
+        )
+        if not made or not _may_make_namespaces():
+            return "network namespaces need root and iproute2"
+    return None
+
+
+def _may_make_namespaces() -> bool:
+    name = f"probe-{uuid.uuid4().hex[:6]}"
+    if subprocess.run(["ip", "netns", "add", name], capture_output=True, check=False).returncode:
+        return False
+    subprocess.run(["ip", "netns", "delete", name], check=True)
+    return True
+
+
+def lose_head(folder: Path) -> Measured:
+    """kill -9 of all of the head, with all that Ray knew: the nodes end; on a new cluster the job goes on."""
+    with cluster_of(folder, RAY_gcs_rpc_server_reconnect_timeout_s="5") as cluster:
+
+        def start_again() -> None:
+            until(
+                lambda: not any(node.pids("raylet/raylet") or node.pids("ray::") for node in cluster.nodes),
+                60,
+            )
+            assert not engines(f"TEST_MARK={cluster.mark}")
+            for node in cluster.nodes:
+                node.kill()
+            cluster.nodes.clear()
+            cluster.start()
+
+        return _lose_head(cluster, "head, state lost", start_again, spare=LANES * SPARE)
+
+
+def restart_head(folder: Path) -> Measured:
+    """kill -9 of all of the head, its state in Redis: it comes back to nodes that went on."""
+    with redis(folder) as address, cluster_of(folder, head_env={"RAY_REDIS_ADDRESS": address}) as cluster:
+        known: set[object] = set()
+
+        def start_again() -> None:
+            known.update(engines(f"TEST_MARK={cluster.mark}"))
+            cluster.start_head()
+
+        result = _lose_head(cluster, "head, state kept", start_again, spare=LANES * SPARE)
+        assert known, "the engines ended though Ray's state was kept"
+        return result
+
+
+def _lose_head(cluster: Cluster, fault: str, start_again: Callable[[], None], spare: int) -> Measured:
+    data, log = cluster.folder / "data", cluster.folder / "service.log"
+    env = cluster.environment(
+        INFINITETALK_RAY_ADDRESS=cluster.address,
+        INFINITETALK_SCRATCH_DIR=str(cluster.scratch),
+        INFINITETALK_DRAFT_ARGS="--draft-window-seconds 0.7",
+    )
+    before = windows_rendered(cluster)
+
+    def stored() -> int:
+        return len(list(data.glob("jobs/*/work/segments/*.windows/[0-9]*[0-9]/segment.json")))
+
+    with running_service(data, cluster.mark, log, **env) as service:
+        job = service.submit(FRAMES, lambda frames: speech(cluster.folder, frames))
+        service.until(job, lambda _: stored() >= 3, 90)
+        killed = time.monotonic()
+        cluster.head.kill()
+        service.process.kill()
+        service.process.wait()
+    start_again()
+    with running_service(data, cluster.mark, log, **env) as service:
+        done = _followed(service, job, stored)
+        over, recovered = time.monotonic(), done[1]
+        assert done[0]["state"] == "completed", done
+        assert done[0]["result"]["frames"] == FRAMES
+        windows = done[0]["detail"]["windows_total"]
+    rendered = windows_rendered(cluster) - before
+    assert 0 <= rendered - windows <= spare, (rendered, windows)
+    return Measured(fault, recovered - killed, over - killed, windows, rendered - windows, 0)
+
+
+def _followed(service: Service, job: str, stored: Callable[[], int]) -> tuple[dict[str, object], float]:
+    """The job at its end, and when it was first seen to go on."""
+    kept, went_on = stored(), 0.0
+    while True:
+        found = service.job(job)
+        if not went_on and (stored() != kept or found["state"] == "completed"):
+            went_on = time.monotonic()
+        if found["state"] in ("completed", "failed", "cancelled"):
+            return found, went_on
+        time.sleep(0.05)
+
+
+@contextmanager
+def redis(folder: Path) -> Iterator[str]:
+    """A Redis server for Ray's state, as Ray documents it (RAY_REDIS_ADDRESS)."""
+    port = free_port()
+    folder.mkdir(parents=True, exist_ok=True)
+    command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)]
+    with (folder / "redis.log").open("wb") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        until(lambda: b"Ready to accept connections" in (folder / "redis.log").read_bytes(), 20)
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+class TwoNetworks(Cluster):
+    """The head and a node in one network namespace, another node in a second one, a cable in between."""
+
+    def __init__(self, folder: Path) -> None:
+        # Addresses of their own: Ray need not be kept to loopback, nobody else is on this cable.
+        real = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1", "RAY_gcs_rpc_server_reconnect_timeout_s": "15"}
+        super().__init__(folder, **real)
+        tag = self.mark[:6]
+        self.home, self.far = f"home-{tag}", f"far-{tag}"
+        self._cables = (f"vh{tag}", f"vf{tag}")
+        self.address = f"10.77.0.1:{self._port}"
+        self.ray = (str(Path(sys.executable).with_name("ray")),)
+
+    def _where(self, name: str) -> tuple[list[str], str]:
+        if name == "node1":
+            return ["ip", "netns", "exec", self.far], "10.77.0.2"
+        return ["ip", "netns", "exec", self.home], "10.77.0.1"
+
+    def connect(self) -> None:
+        """Lay the cable."""
+        ip("link", "add", self._cables[0], "type", "veth", "peer", "name", self._cables[1])
+        ends = zip((self.home, self.far), self._cables, ("10.77.0.1", "10.77.0.2"), strict=True)
+        for network, cable, address in ends:
+            ip("netns", "add", network)
+            ip("link", "set", cable, "netns", network)
+            ip("-n", network, "address", "add", f"{address}/24", "dev", cable)
+            for device in ("lo", cable):
+                ip("-n", network, "link", "set", device, "up")
+
+    def cable(self, state: str) -> None:
+        """``down``: nothing gets through; ``up``: all does."""
+        ip("-n", self.home, "link", "set", self._cables[0], state)
+
+    def remove(self) -> None:
+        """Take the namespaces away, and the cable with them."""
+        for network in (self.home, self.far):
+            subprocess.run(["ip", "netns", "delete", network], check=False, capture_output=True)
+
+
+def ip(*arguments: str) -> None:
+    """The program of iproute2."""
+    subprocess.run(["ip", *arguments], check=True)
+
+
+def cut_off(folder: Path) -> Measured:
+    """The network of a node breaks: its segments go on elsewhere; it ends by itself what it still does."""
+    cluster = TwoNetworks(folder)
+    try:
+        cluster.connect()
+        cluster.start()
+        home, _ = cluster._where("head")
+        job = submit(cluster, speech(folder), "cut", prefix=home)
+        job.until_windows(3)
+        far: Node = cluster.nodes[1]
+        until(lambda: bool(engines(f"TEST_NODE={far.mark}")), 60)
+        killed = time.monotonic()
+        cluster.cable("down")
+        recovered = after_loss(job, killed)
+        job.finish()
+        rendered = windows_rendered(cluster)
+        # The node that is cut off finishes what it has in work; nobody hears of it.
+        result = measured("partition", job, killed, recovered, rendered, spare=2 * 5)
+        cluster.cable("up")
+        until(lambda: not engines(f"TEST_NODE={far.mark}") and not far.pids("raylet/raylet"), 90)
+    finally:
+        left = cluster.stop()
+        cluster.remove()
+    assert not left, "these processes did not end: " + "; ".join(left)
+    return result
+
+
+ALONE: dict[str, Callable[[Path], Measured]] = {
+    "head, state lost": lose_head,
+    "head, state kept": restart_head,
+    "partition": cut_off,
+}
