@@ -222,6 +222,7 @@ class BatchRunner:
                 if not self._stop.is_set():
                     self._fail(job, PipelineError(f"{type(error).__name__}: {error}"), began)
             else:
+                self._folder.keep_timeline(job, JobDirectory(work / "job"))
                 self._results.append(self._record(job, began, digest, result))
                 self._forget_other(job, None)
                 if self._folder.address is not None:

@@ -28,6 +28,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors import metrics
 from actors.ray_errors import our_error
 from actors.renderer import RendererActor
 from pipeline.engine import runs_on_cpu
@@ -142,6 +143,8 @@ class _Slot:
     """When it was lent, or came back."""
     adopted: float | None = None
     """When it was taken over from the pool's last life, as long as nobody was given it since."""
+    host: str = ""
+    """The name of its node, once its engine has answered."""
     worked: bool = False
     """Whether its engine has answered before."""
     lost_by: list[str] = field(default_factory=list)
@@ -303,6 +306,7 @@ class GpuPool:
         slot.fenced = len(slot.lost_by) >= FENCED_AFTER
         level, what = (logging.ERROR, "fenced off") if slot.fenced else (logging.WARNING, "replaced")
         log.log(level, "GPU %d is %s: %s", slot.lane, what, why, extra=self._extra(slot, job=job))
+        metrics.segment_retried(slot.lane, slot.host)
         self._drop_renderer(slot)
         if slot.fenced:
             jobs = f"{len(slot.lost_by)} jobs in a row lost it"
@@ -456,6 +460,7 @@ class GpuPool:
         slot = _Slot(state.lane, state.node_id, state.index, changed=now, adopted=now)
         slot.renderer, slot.deadline = renderer, now + self._patience
         slot.info, slot.worked = state.info, state.info is not None
+        slot.host = state.info.node if state.info is not None else ""
         self._slots[(slot.node, slot.index)] = slot
         if state.job is not None:  # its driver says so within some seconds, or is gone
             if state.job not in self._jobs:
@@ -542,7 +547,9 @@ class GpuPool:
         if self._closed:
             return
         self._generation += 1
-        slot.restarts += slot.renderer is None and slot.changed > 0
+        if slot.renderer is None and slot.changed > 0:
+            slot.restarts += 1
+            metrics.engine_restarted(slot.lane, slot.host, "lost")
         now = time.monotonic()
         slot.renderer = RendererActor.options(
             name=f"{self._name}:{self._generation}",
@@ -578,6 +585,7 @@ class GpuPool:
         else:
             if slot.renderer is renderer:
                 slot.info, slot.error, slot.starts_failed, slot.worked = info, None, 0, True
+                slot.host = info.node
                 self._grant()
         for job in self._jobs.values():
             job.news.set()  # who waits hears that something has changed

@@ -13,13 +13,14 @@ import socket
 import tempfile
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
 
+from actors import metrics
 from pipeline import profiles
 from pipeline.comfy_client import ComfyClient
 from pipeline.devices import Device, this_cpu, visible_gpus
@@ -80,6 +81,7 @@ class Renderer:
         write_json_logs(settings.log, node=self._node, gpu=lane)
         self._open = ExitStack()
         self._info: RendererInfo | None = None
+        self._clock: metrics.LaneClock | None = None
         self._turn = threading.Lock()
         self._holder: str | None = None
         """The job whose segment is in work."""
@@ -128,6 +130,7 @@ class Renderer:
             device=self._device.name,
             memory_gb=self._device.memory_gb,
         )
+        self._clock = self._clock or metrics.LaneClock(self._lane, self._node)
         return self._info
 
     def _started(self) -> tuple[ComfyClient, RunningEngine]:
@@ -173,7 +176,8 @@ class Renderer:
             self._cancelled.clear()
             self._holder, self._lease = holder, lease
         try:
-            with log_about(job=task.recipe.job, segment=task.index, attempt=task.attempt):
+            about = log_about(job=task.recipe.job, segment=task.index, attempt=task.attempt)
+            with about, self._clock.busy() if self._clock is not None else nullcontext():
                 log.info("segment %d begins with window %d", task.index, task.first)
                 return self._render_task(task)
         except GraphError as error:
@@ -241,6 +245,7 @@ class Renderer:
                         error,
                     )
                     self._end_engine()
+                    metrics.engine_restarted(self._lane, self._node, "memory")
                     self._started()
                     return
                 time.sleep(0.2)  # the engine unloads when it comes to it, and tells nobody
@@ -253,6 +258,7 @@ class Renderer:
         packs = packs_of(json.loads(task.recipe.workflow.text))
         if engine_kind(self._settings) == "comfyui" and not set(packs) <= set(self._packs):
             self._end_engine()
+            metrics.engine_restarted(self._lane, self._node, "packs")
             self._packs = packs
 
     def _take_less(self) -> None:
@@ -263,6 +269,7 @@ class Renderer:
             client.free()
             return
         self._end_engine()
+        metrics.engine_restarted(self._lane, self._node, "memory")
         self._profile = less
 
     def _render(self, task: SegmentTask) -> RenderedSegment:
@@ -323,6 +330,10 @@ class Renderer:
         return replace(task, recipe=replace(task.recipe, presets=presets))
 
     def _report(self, progress: SegmentProgress) -> None:
+        before = 0 if self._progress is None else len(self._progress.window_seconds)
+        for seconds in progress.window_seconds[before:]:
+            profile = self._profile.name if self._profile else "none"
+            metrics.window_done(self._lane, self._node, profile, seconds)
         self._progress = progress
 
     @ray.method(concurrency_group="control")
@@ -380,6 +391,8 @@ class Renderer:
         """End the engine."""
         self._cancelled.set()
         self._open.close()
+        if self._clock is not None:
+            self._clock.stop()
 
 
 # num_cpus=0: an actor with GPUs also takes a CPU for its life otherwise, and a third one hangs on two cores.

@@ -2,6 +2,7 @@
 
     results.jsonl           a line for each job that ended, in the order of their ends
     talk-1.mp4 ...          the videos
+    timelines/talk-1.json   what the GPUs did for each (``infinitetalk timeline OUT/timelines/*.json``)
     .infinitetalk/          jobs in work
         lock
         talk-1-0f3a.../     of one job: fetched/ (files that came over the network), job/ (pipeline.job)
@@ -17,6 +18,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -28,7 +30,7 @@ from urllib.parse import quote
 
 from pipeline.batch_manifest import BatchJob
 from pipeline.errors import InvalidRequest, StorageError
-from pipeline.job import finished, storage_errors
+from pipeline.job import JobDirectory, finished, storage_errors
 from pipeline.remote_files import read_whole, upload
 
 RESULTS = "results.jsonl"
@@ -66,6 +68,11 @@ class BatchFolder:
     def video(self, job: BatchJob) -> Path:
         """Where the finished video appears on this machine."""
         return self.path / job.output
+
+    def keep_timeline(self, job: BatchJob, made: JobDirectory) -> None:
+        """A job's timeline stays when the rest of its folder goes.  Raises ``StorageError``."""
+        with finished(self.path / "timelines" / f"{job.id}.json") as partial:
+            shutil.copyfile(made.timeline, partial)
 
     def place(self, job: BatchJob) -> str:
         """Where the video is to be found in the end: a path or an address."""
