@@ -262,7 +262,12 @@ class Job:
     @property
     def lost(self) -> list[int]:
         """Segments that lost a renderer."""
-        return [int(index) for index in re.findall(r"segment (\d+) lost its renderer", self.said())]
+        return [int(index) for index in re.findall(r"segment (\d+) lost ", self.said())]
+
+    @property
+    def twins(self) -> list[int]:
+        """Segments that were run a second time because they were held up."""
+        return [int(index) for index in re.findall(r"segment (\d+) is held up", self.said())]
 
 
 def submit(
@@ -344,6 +349,12 @@ def busy_engine(cluster: Cluster, seconds: float = 60) -> tuple[int, Path]:
 
     until(lambda: bool(busy()), seconds)
     return busy()[0]
+
+
+def owner_of(engine: int) -> int:
+    """The renderer of an engine: the engine's log has its pid in its name."""
+    log = Path(f"/proc/{engine}/fd/1").readlink()
+    return int(log.stem.split("-")[-2])
 
 
 def until(holds: Callable[[], bool], seconds: float, every: float = 0.05) -> None:
