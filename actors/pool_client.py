@@ -168,7 +168,14 @@ class LeasedRenderers:
         Others that are being started are waited for, some seconds at most.
         Raises the error of the first engine where none starts.
         """
-        infos = _once_started(lambda: self._pool.ask("share", self._entry), OTHERS_SECONDS)
+
+        def look() -> tuple[PoolView, Sequence[RendererInfo]]:
+            found: tuple[PoolView, Sequence[RendererInfo]] = self._pool.ask("share", self._entry)
+            with self._lock:
+                self._view = found[0]  # or the first question for lanes might find none
+            return found
+
+        infos = _once_started(look, OTHERS_SECONDS)
         self._entry = replace(self._entry, planned=True)
         return infos
 

@@ -6,6 +6,7 @@ what is left.  It returns what it measured.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import time
 import wave
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -221,9 +222,11 @@ def _misbehave(cluster: Cluster, fault: str, **env: str) -> Measured:
     job = submit(cluster, speech(cluster.folder), fault, draft_args=args, **env)
     job.until_windows(2)
     killed = time.monotonic()
-    recovered = after_loss(job, killed)
     job.finish()
-    return measured(fault, job, killed, recovered, windows_rendered(cluster) - before)
+    result = measured(fault, job, killed, None, windows_rendered(cluster) - before)
+    times = sorted(at for at, index, _ in job.seen if index == job.lost[0])
+    longest = max(later - earlier for earlier, later in itertools.pairwise(times))
+    return replace(result, recovered=longest)  # from the last window before the fault to the one after it
 
 
 def fill_disk(cluster: Cluster) -> Measured:
