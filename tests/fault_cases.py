@@ -35,6 +35,8 @@ from tests.fault_cluster import (
 )
 
 FRAMES = 900
+SLOW = "--draft-window-seconds 2"
+"""Where seconds pass before anybody knows: what is rendered in them is lost with the driver."""
 SPARE = 2
 """Windows that a lost segment may cost: the one in work, and the one before it, whose frames are encoded
 while the next is sampled (docs/exactness.md)."""
@@ -139,7 +141,7 @@ def kill_node(cluster: Cluster) -> Measured:
         (raylet,) = node.pids("raylet/raylet")
         os.kill(raylet, signal.SIGKILL)
         recovered = after_loss(job, killed)
-        until(lambda: not node.pids("ray::") and not engines(f"TEST_NODE={node.mark}"), 30)
+        until(lambda: not node.pids("ray::Renderer") and not engines(f"TEST_NODE={node.mark}"), 30)
         job.finish()
         return measured("node", job, killed, recovered, windows_rendered(cluster) - before)
     finally:
@@ -151,7 +153,7 @@ def kill_node(cluster: Cluster) -> Measured:
 def kill_driver(cluster: Cluster) -> Measured:
     """kill -9 of the command: its GPUs come free; the same command goes on with what is kept."""
     before = windows_rendered(cluster)
-    job = submit(cluster, speech(cluster.folder), "driver")
+    job = submit(cluster, speech(cluster.folder), "driver", draft_args=SLOW)
     job.until_windows(3)
     with cluster.connected() as pool:
         assert pool.holders()
@@ -161,7 +163,7 @@ def kill_driver(cluster: Cluster) -> Measured:
         recovered = time.monotonic() - killed
     job.finish()
     kept = len(job.seen)
-    again = submit(cluster, speech(cluster.folder), "driver")
+    again = submit(cluster, speech(cluster.folder), "driver", draft_args=SLOW)
     again.finish()
     # What its renderers had in work and had finished, but nobody fetched any more, is rendered again.
     rendered = windows_rendered(cluster) - before
@@ -173,11 +175,11 @@ def kill_driver(cluster: Cluster) -> Measured:
 def stop_driver(cluster: Cluster) -> Measured:
     """SIGSTOP of the command for longer than the pool waits: others get its GPUs; it wakes and goes on."""
     before = windows_rendered(cluster)
-    job = submit(cluster, speech(cluster.folder), "stopped")
+    job = submit(cluster, speech(cluster.folder), "stopped", draft_args=SLOW)
     job.until_windows(3)
     os.kill(job.process.pid, signal.SIGSTOP)
     killed = time.monotonic()
-    other = submit(cluster, speech(cluster.folder, 300), "other")
+    other = submit(cluster, speech(cluster.folder, 300), "other", draft_args=SLOW)
     other.until_windows(1)
     recovered = other.seen[0][0] - killed
     os.kill(job.process.pid, signal.SIGCONT)
@@ -218,7 +220,7 @@ def garbage(cluster: Cluster) -> Measured:
 
 def _misbehave(cluster: Cluster, fault: str, **env: str) -> Measured:
     before = windows_rendered(cluster)
-    args = f"--draft-window-seconds 0.5 --draft-fault {fault}@3"
+    args = f"--draft-window-seconds 0.5 --draft-fault {fault}@4"
     job = submit(cluster, speech(cluster.folder), fault, draft_args=args, **env)
     job.until_windows(2)
     killed = time.monotonic()
