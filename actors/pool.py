@@ -119,6 +119,7 @@ class _JobState:
     wish: int = 0
     """Lanes that it said it could use beside those it has."""
     news: asyncio.Event = field(default_factory=asyncio.Event)
+    over: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 @dataclass(slots=True)
@@ -251,6 +252,24 @@ class GpuPool:
                 gone.add(lease)
         return frozenset(gone)
 
+    async def stay(self, entry: JobEntry) -> None:
+        """Returns when the job has left: an answer that ``watch`` can wait for."""
+        await self._resumed.wait()
+        await self._enter(entry)[0].over.wait()
+
+    async def watch(self, job: str, stay: Sequence[Any]) -> None:
+        """``stay``: the reference to the answer of ``stay``, in a list, which its caller's process owns.
+
+        Ray tells everybody who waits for it when that process is dead, some seconds before its job is silent
+        for too long; windows that were rendered meanwhile would be lost.
+        """
+        with contextlib.suppress(RayError):
+            await stay[0]
+            return
+        if job in self._jobs:
+            log.warning("the process of job %s is gone; its GPUs are taken back", job, extra={"job": job})
+            await self.leave(job)
+
     async def share(self, entry: JobEntry) -> tuple[PoolView, Sequence[RendererInfo]]:
         """How the pool is, and the renderers that a job should be cut for now, free and fast ones first."""
         await self._resumed.wait()
@@ -323,6 +342,7 @@ class GpuPool:
         await self._resumed.wait()
         if (state := self._jobs.pop(job, None)) is not None:
             state.news.set()
+            state.over.set()
             self._used = time.monotonic()
         self._shares.leave(job)
         for slot in self._slots.values():
@@ -805,5 +825,5 @@ def _read_speeds(path: Path) -> dict[str, float]:
         return {}
 
 
-# On the head, where the service's data is; one that is killed is started again, and finds its renderers.
-PoolActor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)(GpuPool)
+# One that is killed is started again, and finds its renderers.  Each job has two or three calls that wait.
+PoolActor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=100_000)(GpuPool)

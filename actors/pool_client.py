@@ -40,7 +40,8 @@ from pipeline.messages import (
 from pipeline.plan import latents
 from pipeline.settings import Settings
 
-PROGRESS_SECONDS = 2.0
+PROGRESS_SECONDS = 1.0
+WINDOWS_SECONDS = 5.0
 CANCEL_SECONDS = 5.0
 """How long a segment may take to stop; then its engine is ended."""
 ANSWER_SECONDS = 15.0
@@ -146,6 +147,8 @@ class LeasedRenderers:
         self._lock = threading.RLock()
         self._held: dict[int, _Loan] = {}
         self._work: dict[int, _Work] = {}
+        self._asked: dict[Lease, Any] = {}
+        """Questions for progress that were not answered yet."""
         self._returned: dict[Lease, tuple[Any, ...]] = {}
         """What was said of leases when they were given back: said again to a pool that has not heard it."""
         self._want, self._avoid = 0, frozenset[int]()
@@ -167,9 +170,10 @@ class LeasedRenderers:
         """
 
         def look() -> tuple[PoolView, Sequence[RendererInfo]]:
-            view, infos = self._pool.ask("share", self._entry)
-            self._view = view  # `lanes` may be asked before the first answer to `_keep_asking`
-            return view, infos
+            found: tuple[PoolView, Sequence[RendererInfo]] = self._pool.ask("share", self._entry)
+            with self._lock:
+                self._view = found[0]  # or the first question for lanes might find none
+            return found
 
         infos = _once_started(look, OTHERS_SECONDS)
         self._entry = replace(self._entry, planned=True)
@@ -206,21 +210,25 @@ class LeasedRenderers:
     def _keep_asking(self) -> None:
         """The job's line to the pool: its wish, its sign of life, and what it gets."""
         silent_since = time.monotonic()
+        stay: Any = None
         while not self._closed:
+            pool = self._pool._pool
+            if stay is None:
+                stay = pool.stay.remote(self._entry)
+                pool.watch.remote(self._entry.job, [stay])
             self._heard.clear()
             with self._lock:
                 want, avoid, entry = self._want, self._avoid, self._entry
                 held = frozenset(loan.lease for loan in self._held.values())
             try:
-                lent: Lent = ray.get(
-                    self._pool._pool.lend.remote(entry, want, avoid, held), timeout=ANSWER_SECONDS
-                )
+                lent: Lent = ray.get(pool.lend.remote(entry, want, avoid, held), timeout=ANSWER_SECONDS)
             except (RayError, TimeoutError) as error:
                 if time.monotonic() - silent_since > GONE_SECONDS:
                     with self._lock:
                         self._gone = our_error(error, "the pool")
                         self._tell_arrival()
                     return
+                stay = None
                 self._heard.wait(AGAIN_SECONDS)
                 with contextlib.suppress(PipelineError):
                     self._pool.ask("settings")  # connects again where that is needed
@@ -320,15 +328,23 @@ class LeasedRenderers:
         self._pool.tell("give_back", self._entry.job, loan.lease, seconds, units, lost)
 
     def progress(self) -> Sequence[SegmentProgress]:
-        """What the busy renderers say; one that does not answer is left out."""
+        """What the busy renderers say; one that does not answer is left out, and not waited for again."""
         with self._lock:
             loans = [self._held[lane] for lane in self._work if lane in self._held]
-        asked = [loan.renderer.progress.remote(loan.lease.number) for loan in loans]
-        answers, _ = ray.wait(asked, num_returns=len(asked), timeout=PROGRESS_SECONDS) if asked else ([], [])
+        late, self._asked = self._asked, {}
+        for loan in loans:
+            ask = loan.renderer.progress.remote
+            self._asked[loan.lease] = late.get(loan.lease) or ask(loan.lease.number)
+        fresh = [asked for lease, asked in self._asked.items() if lease not in late]
+        if fresh:
+            ray.wait(fresh, num_returns=len(fresh), timeout=PROGRESS_SECONDS)
         seen: list[SegmentProgress] = []
-        for answer in answers:
+        for lease, asked in list(self._asked.items()):
+            if not ray.wait([asked], timeout=0)[0]:
+                continue
+            del self._asked[lease]
             try:
-                progress = ray.get(answer)
+                progress = ray.get(asked)
             except RayError:
                 continue  # its render call fails too, and tells why
             if progress is not None:
@@ -343,7 +359,7 @@ class LeasedRenderers:
                 return ()
         try:
             found: Sequence[WindowCheckpoint] = ray.get(
-                loan.renderer.windows.remote(loan.lease.number, segment, first), timeout=PROGRESS_SECONDS
+                loan.renderer.windows.remote(loan.lease.number, segment, first), timeout=WINDOWS_SECONDS
             )
         except (RayError, TimeoutError):
             return ()  # its render call fails too, and tells why

@@ -129,6 +129,7 @@ def render_all(
                 for attempt, _ in list(running.values()):
                     if attempt.segment.index in slow and attempt.segment.index not in twice:
                         twice.add(attempt.segment.index)
+                        log.info("segment %d is held up, and run a second time", attempt.segment.index)
                         waiting.append(replace(attempt, number=1, second=True))
             for future in done & running.keys():
                 if future not in running:
@@ -140,7 +141,9 @@ def render_all(
                 except RendererLost as lost:
                     reason = lost.reason
                     losses[lane] += 1
-                    if not others:
+                    if others:
+                        log.warning("segment %d lost one of its two runs: %s", attempt.segment.index, reason)
+                    else:
                         waiting = [entry for entry in waiting if entry.segment is not attempt.segment]
                         waiting.append(_another_try(attempt, lane, lost, max_attempts))
                 except (StorageError, JobCancelled):

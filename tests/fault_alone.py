@@ -49,7 +49,11 @@ def lose_head(folder: Path) -> Measured:
 
         def start_again() -> None:
             until(
-                lambda: not any(node.pids("raylet/raylet") or node.pids("ray::") for node in cluster.nodes),
+                lambda: (
+                    not any(
+                        node.pids("raylet/raylet") or node.pids("ray::Renderer") for node in cluster.nodes
+                    )
+                ),
                 60,
             )
             assert not engines(f"TEST_MARK={cluster.mark}")

@@ -32,14 +32,13 @@ from tests.free_ports import free_port
 ROOT = Path(__file__).resolve().parent.parent
 START_SECONDS = 120.0
 LEFT_SECONDS = 25.0
-"""How long processes may live on by themselves: guards end their engines first, agents of Ray look for it."""
+"""How long processes may live on by themselves: guards end their engines first."""
 RAY_ENV = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "disabled",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_worker_niceness": "0",
     "RAY_raylet_start_wait_time_s": "90",
-    "RAY_gcs_server_request_timeout_seconds": "10",  # agents whose head is gone wait so long
     # Ray finds a dead node in 12 s by itself; these are for loaded machines, and still 6 s.
     "RAY_health_check_initial_delay_ms": "0",
     "RAY_health_check_period_ms": "1000",
@@ -174,12 +173,16 @@ class Cluster:
         for node in [*self.nodes, self.head]:
             node.kill()
         mine = f"TEST_MARK={self.mark}"
+
+        def living() -> set[int]:
+            # Agents of Ray look for their dead head for up to a minute.
+            return set(processes(mine)) - set(processes(mine, "Agent")) - set(processes(mine, "agent"))
+
         with suppress(TimeoutError):
-            until(lambda: not processes(mine), LEFT_SECONDS)
-        left = []
+            until(lambda: not living(), LEFT_SECONDS)
+        left = [command_line(pid) for pid in living()]
         for pid in processes(mine):
-            with suppress(OSError):
-                left.append(Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " "))
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         shutil.rmtree(self._temp, ignore_errors=True)
         return left
@@ -262,7 +265,12 @@ class Job:
     @property
     def lost(self) -> list[int]:
         """Segments that lost a renderer."""
-        return [int(index) for index in re.findall(r"segment (\d+) lost its renderer", self.said())]
+        return [int(index) for index in re.findall(r"segment (\d+) lost ", self.said())]
+
+    @property
+    def twins(self) -> list[int]:
+        """Segments that were run a second time because they were held up."""
+        return [int(index) for index in re.findall(r"segment (\d+) is held up", self.said())]
 
 
 def submit(
@@ -308,6 +316,14 @@ def windows_rendered(cluster: Cluster) -> int:
     return sum(log.read_text(errors="replace").count("Prompt executed in") for log in logs)
 
 
+def command_line(pid: int) -> str:
+    """The words of a process; empty where it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    except OSError:
+        return ""
+
+
 def processes(mark: str, title: str = "") -> list[int]:
     """Pids of living processes with ``mark`` in their environment and ``title`` in their command line."""
     found = []
@@ -317,7 +333,7 @@ def processes(mark: str, title: str = "") -> list[int]:
         with suppress(OSError):
             if mark.encode() not in (entry / "environ").read_bytes():
                 continue
-            words = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            words = command_line(int(entry.name))
             alive = (entry / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
             if alive and title in words:
                 found.append(int(entry.name))
@@ -344,6 +360,12 @@ def busy_engine(cluster: Cluster, seconds: float = 60) -> tuple[int, Path]:
 
     until(lambda: bool(busy()), seconds)
     return busy()[0]
+
+
+def owner_of(engine: int) -> int:
+    """The renderer of an engine: the engine's log has its pid in its name."""
+    log = Path(f"/proc/{engine}/fd/1").readlink()
+    return int(log.stem.split("-")[-2])
 
 
 def until(holds: Callable[[], bool], seconds: float, every: float = 0.05) -> None:
