@@ -141,17 +141,19 @@ def _pace(
 ) -> list[float]:
     """The share of the way at each frame: the path of least cost from 0 before the first to 1 after the last.
 
-    ``ahead`` and ``back`` hold the steps between the frames; those into the first and out of the last are
-    taken to be like their neighbours.  A step's cost grows with its speed and its change of luma, each
-    relative to what the renderings do.  Staying at 0 or at 1 costs nothing, so the way leaves out frames in
-    which the renderings themselves are fast; a way that is much shorter or longer than ``wanted`` costs.
+    ``ahead`` and ``back`` hold the steps between the frames.  That into the first is taken to be like its
+    neighbour; that out of the last, behind the overlap, may be a fast one.  A step's cost grows with its
+    speed and its change of luma, each relative to what the renderings do.  Staying at 0 or at 1 costs
+    nothing, so the way leaves out frames in which the renderings themselves are fast; a way that is much
+    shorter or longer than ``wanted`` costs.
     Half way, the texture changes: the ``differences`` of the renderings there count too.
     """
     count = len(apart)
     points = [_points(flow) for flow in apart]
     edge = np.zeros_like(points[0])
     a, b = ([_points(flow) for flow in flows] or [edge] for flows in (ahead, back))
-    a, b = ([flows[0], *flows, flows[-1]][: count + 1] for flows in (a, b))
+    fast = sorted(range(len(a)), key=lambda i: float(_speed(a[i]) + _speed(b[i])))[9 * len(a) // 10]
+    a, b = ([flows[0], *flows, flows[fast]][: count + 1] for flows in (a, b))
     slopes = [_points(_slope(picture)) for picture in pictures]
     natural_speed = max(float(np.percentile([_speed(v) for v in (*a, *b)], 95)), 0.05)
     natural_change = max(float(np.percentile([_changes(v, slopes[0]) for v in (*a, *b)], 95)), 0.05)
