@@ -466,7 +466,8 @@ class GpuPool:
         except (RayError, TimeoutError):
             ray.kill(renderer)
             return
-        if (state.node_id, state.index) in self._slots:
+        other = state.settings.of_engines() != self._settings.of_engines()
+        if other or (state.node_id, state.index) in self._slots:
             ray.kill(renderer)
             return
         now = time.monotonic()

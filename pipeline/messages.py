@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.settings import Settings
 from pipeline.workflow import Workflow
 
 Blob = npt.NDArray[np.uint8]
@@ -154,3 +155,4 @@ class RendererState:
     """Whose segment is in work."""
     lease: int
     """And under which lease."""
+    settings: Settings

@@ -102,7 +102,7 @@ def running_service(data: Path, mark: str, log: Path, **settings: str) -> Iterat
         while True:
             assert process.poll() is None, log.read_text()[-3000:]
             assert time.monotonic() < deadline, log.read_text()[-3000:]
-            with suppress(requests.ConnectionError):
+            with suppress(requests.ConnectionError, requests.Timeout):
                 if requests.get(service.url + "/ready", timeout=5).status_code == 200:
                     break
             time.sleep(0.2)
