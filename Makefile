@@ -22,14 +22,14 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 demo: .venv/installed
 	$(BIN)/infinitetalk render --image examples/portrait.png --audio examples/speech.wav --gpus 2 --width 512 --height 512 -o out/demo.mp4
 
-# For the tests that use a browser and a PostgreSQL server; where they can't be installed, those tests say that
-# they are skipped.
+# For the tests that use a browser, a PostgreSQL server, or Redis for Ray's state; where they can't be installed,
+# those tests say that they are skipped.
 programs:
-	@ls /usr/bin/chromium /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 \
+	@ls /usr/bin/chromium /usr/lib/postgresql/*/bin/initdb /usr/bin/redis-server >/dev/null 2>&1 \
 	|| if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
-		apt-get install -y -qq --no-install-recommends chromium postgresql >/dev/null; \
-	else false; fi || echo "no chromium or no PostgreSQL: tests that need them are skipped"
+		apt-get install -y -qq --no-install-recommends chromium postgresql redis-server iproute2 >/dev/null; \
+	else false; fi || echo "no chromium, PostgreSQL or Redis: tests that need them are skipped"
 
 test: .venv/dev programs
 	$(BIN)/ruff check .

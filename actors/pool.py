@@ -293,8 +293,9 @@ class GpuPool:
         return self._view(), sorted(infos, key=lambda info: info.lane)
 
     async def renderers(self) -> tuple[PoolView, Sequence[RendererInfo]]:
-        """How the pool is, and all renderers whose engine answers, by lane."""
+        """How the pool is, and all renderers whose engine answers, by lane; who asks will want them soon."""
         await self._resumed.wait()
+        self._used = time.monotonic()
         speeds = self._relative_speeds()
         ready = sorted((slot for slot in self._slots.values() if slot.ready), key=lambda slot: slot.lane)
         infos = [replace(slot.info, speed=speeds[slot.lane]) for slot in ready if slot.info is not None]
@@ -473,7 +474,8 @@ class GpuPool:
         except (RayError, TimeoutError):
             ray.kill(renderer)
             return
-        if (state.node_id, state.index) in self._slots:
+        other = state.settings.of_engines() != self._settings.of_engines()
+        if other or (state.node_id, state.index) in self._slots:
             ray.kill(renderer)
             return
         now = time.monotonic()

@@ -87,6 +87,7 @@ class Renderer:
         """The job whose segment is in work."""
         self._lease = 0
         """Under which it is in work (``actors.pool.Lease``)."""
+        self._over = False
         self._ended = 0
         """Leases up to this one are over."""
         self._free_memory: int | None = None
@@ -191,12 +192,16 @@ class Renderer:
     def _render_task(self, task: SegmentTask) -> RenderedSegment:
         self._last, self._windows = None, {}
         self._load_packs(task)
-        client, _ = self._started()
-        client = self._without_old_prompts(client, task)
-        if self._workflow not in (None, task.recipe.workflow.file):
-            client.free()  # other models: the old ones would stay in memory beside them
-        if self._workflow != task.recipe.workflow.file:
-            require_mode(client, task.recipe.workflow)
+        client, engine = self._started()
+        began = time.monotonic()
+        try:
+            client = self._without_old_prompts(client, task)
+            if self._workflow not in (None, task.recipe.workflow.file):
+                client.free()  # other models: the old ones would stay in memory beside them
+            if self._workflow != task.recipe.workflow.file:
+                require_mode(client, task.recipe.workflow)
+        except EngineError as error:
+            raise self._lost(engine, error, task, began) from error
         self._workflow = task.recipe.workflow.file
         try:
             return self._render(task)
@@ -294,14 +299,7 @@ class Renderer:
                 )
         except (EngineError, MediaError, StorageError) as error:
             # The guard removes the base directory when the engine dies, so files vanish below our hands too.
-            if engine.process.exited.wait(DIED_WITHIN_SECONDS):
-                reason = f"the engine (pid {engine.pid}) died with exit code {engine.process.exit_code}"
-            elif isinstance(error, EngineError):
-                reason = error.reason
-            else:
-                raise
-            after = f"{reason} {time.monotonic() - began:.0f} s into segment {task.index}"
-            raise EngineError(f"GPU {self._lane} on {self._node}: {after}", engine.log_tail()) from error
+            raise self._lost(engine, error, task, began) from error
         finally:
             self._progress = None
             if engine.alive:
@@ -317,6 +315,19 @@ class Renderer:
             nodes=nodes,
             left=len(task.windows) - task.first - len(seconds),
         )
+
+    def _lost(
+        self, engine: RunningEngine, error: PipelineError, task: SegmentTask, began: float
+    ) -> PipelineError:
+        """What became of the engine, with the end of its log; ``error`` itself where it lives."""
+        if engine.process.exited.wait(DIED_WITHIN_SECONDS):
+            reason = f"the engine (pid {engine.pid}) died with exit code {engine.process.exit_code}"
+        elif isinstance(error, EngineError):
+            reason = error.reason
+        else:
+            return error
+        after = f"{reason} {time.monotonic() - began:.0f} s into segment {task.index}"
+        return EngineError(f"GPU {self._lane} on {self._node}: {after}", engine.log_tail())
 
     def _with_memory_presets(self, task: SegmentTask) -> SegmentTask:
         """What the GPU's profile says of the wrapper's slots, unless the request has said it."""
@@ -359,10 +370,14 @@ class Renderer:
 
     @ray.method(concurrency_group="control")
     def state(self) -> RendererState:
-        """Who this is and what it does, for a pool that was started again."""
+        """Who this is and what it does, for a pool that was started again.  Raises ``EngineError``."""
         node = str(ray.get_runtime_context().get_node_id())
+        if self._over:
+            raise EngineError(f"the renderer of GPU {self._lane} has ended")
         with self._turn:
-            return RendererState(self._lane, node, self._index, self._info, self._holder, self._lease)
+            return RendererState(
+                self._lane, node, self._index, self._info, self._holder, self._lease, self._settings
+            )
 
     @ray.method(concurrency_group="control")
     def trouble(self) -> str | None:
@@ -389,6 +404,7 @@ class Renderer:
     @ray.method(concurrency_group="control")
     def stop(self) -> None:
         """End the engine."""
+        self._over = True
         self._cancelled.set()
         self._open.close()
         if self._clock is not None:

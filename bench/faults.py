@@ -46,7 +46,8 @@ def main() -> None:
                     skipped[name] = reason
                     continue
                 place = Path(folder) / f"alone-{len(runs)}-{number}"
-                runs.setdefault(name, []).append(ALONE[name](place))
+                for measured in ALONE[name](place):
+                    runs.setdefault(measured.fault, []).append(measured)
     if options.json:
         print(
             json.dumps({"runs": [asdict(run) for each in runs.values() for run in each], "skipped": skipped})

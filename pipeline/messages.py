@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.settings import Settings
 from pipeline.workflow import Workflow
 
 Blob = npt.NDArray[np.uint8]
@@ -157,3 +158,4 @@ class RendererState:
     """Whose segment is in work."""
     lease: int
     """And under which lease."""
+    settings: Settings

@@ -1,11 +1,13 @@
-"""Faults that need a cluster of their own: the head dies, with and without its state; a network breaks.
+"""Faults that need a cluster of their own: parts of the service, the head (state lost or kept), a network.
 
 What the others share is in ``fault_cases``.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -14,8 +16,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.fault_cases import FRAMES, SPARE, Measured, after_loss, cluster_of, measured, speech
-from tests.fault_cluster import Cluster, Node, engines, submit, until, windows_rendered
+from tests.fault_cases import FRAMES, SLOW, SPARE, Measured, after_loss, cluster_of, measured, speech
+from tests.fault_cluster import (
+    Cluster,
+    Node,
+    Watch,
+    engines,
+    processes,
+    submit,
+    until,
+    windows_rendered,
+)
 from tests.free_ports import free_port
 from tests.service_process import Service, running_service
 
@@ -26,12 +37,8 @@ def missing_for(fault: str) -> str | None:
     """Why this machine can't do it; None where it can."""
     if fault == "head, state kept" and shutil.which("redis-server") is None:
         return "there is no redis-server"
-    if fault == "partition":
-        made = shutil.which("ip") and subprocess.run(
-            ["ip", "netns", "list"], capture_output=True, check=False
-        )
-        if not made or not _may_make_namespaces():
-            return "network namespaces need root and iproute2"
+    if fault == "partition" and (shutil.which("ip") is None or not _may_make_namespaces()):
+        return "network namespaces need root and iproute2"
     return None
 
 
@@ -43,83 +50,113 @@ def _may_make_namespaces() -> bool:
     return True
 
 
-def lose_head(folder: Path) -> Measured:
+def break_service(folder: Path) -> list[Measured]:
+    """kill -9 of the runner and of the replica, and of all nodes with GPUs: the service's jobs go on."""
+    with cluster_of(folder) as cluster, service_on(cluster) as service:
+
+        def kill(title: str) -> None:
+            pids = processes(f"TEST_MARK={cluster.mark}", title)
+            assert pids, title
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+
+        def lose_nodes() -> None:
+            for node in cluster.nodes:
+                node.kill()
+            cluster.nodes.clear()
+            until(lambda: service.job(job)["state"] == "queued", 60)
+            cluster.add_node(2)
+
+        found = []
+        for fault, break_it in (
+            ("runner", lambda: kill("ray::JobRunner")),
+            ("replica", lambda: kill("ray::ServeReplica")),
+            ("all nodes with GPUs", lose_nodes),
+        ):
+            before = windows_rendered(cluster)
+            job, watch = _begun(service, cluster)
+            killed = time.monotonic()
+            break_it()
+            found.append(_outcome(fault, cluster, service, job, watch, killed, before))
+        return found
+
+
+def lose_head(folder: Path) -> list[Measured]:
     """kill -9 of all of the head, with all that Ray knew: the nodes end; on a new cluster the job goes on."""
     with cluster_of(folder, RAY_gcs_rpc_server_reconnect_timeout_s="5") as cluster:
 
         def start_again() -> None:
-            until(
-                lambda: (
-                    not any(
-                        node.pids("raylet/raylet") or node.pids("ray::Renderer") for node in cluster.nodes
-                    )
-                ),
-                60,
-            )
+            nodes = cluster.nodes
+            until(lambda: not any(node.pids("raylet/raylet") or node.pids("ray::R") for node in nodes), 60)
             assert not engines(f"TEST_MARK={cluster.mark}")
-            for node in cluster.nodes:
+            for node in nodes:
                 node.kill()
-            cluster.nodes.clear()
+            nodes.clear()
             cluster.start()
 
-        return _lose_head(cluster, "head, state lost", start_again, spare=LANES * SPARE)
+        return _lose_head(cluster, "head, state lost", start_again)
 
 
-def restart_head(folder: Path) -> Measured:
+def restart_head(folder: Path) -> list[Measured]:
     """kill -9 of all of the head, its state in Redis: it comes back to nodes that went on."""
     with redis(folder) as address, cluster_of(folder, head_env={"RAY_REDIS_ADDRESS": address}) as cluster:
-        known: set[object] = set()
 
         def start_again() -> None:
-            known.update(engines(f"TEST_MARK={cluster.mark}"))
+            assert engines(f"TEST_MARK={cluster.mark}"), "the engines ended though Ray's state was kept"
             cluster.start_head()
 
-        result = _lose_head(cluster, "head, state kept", start_again, spare=LANES * SPARE)
-        assert known, "the engines ended though Ray's state was kept"
-        return result
+        return _lose_head(cluster, "head, state kept", start_again)
 
 
-def _lose_head(cluster: Cluster, fault: str, start_again: Callable[[], None], spare: int) -> Measured:
-    data, log = cluster.folder / "data", cluster.folder / "service.log"
-    env = cluster.environment(
-        INFINITETALK_RAY_ADDRESS=cluster.address,
-        INFINITETALK_SCRATCH_DIR=str(cluster.scratch),
-        INFINITETALK_DRAFT_ARGS="--draft-window-seconds 0.7",
-    )
+def _lose_head(cluster: Cluster, fault: str, start_again: Callable[[], None]) -> list[Measured]:
     before = windows_rendered(cluster)
-
-    def stored() -> int:
-        return len(list(data.glob("jobs/*/work/segments/*.windows/[0-9]*[0-9]/segment.json")))
-
-    with running_service(data, cluster.mark, log, **env) as service:
-        job = service.submit(FRAMES, lambda frames: speech(cluster.folder, frames))
-        service.until(job, lambda _: stored() >= 3, 90)
+    with service_on(cluster) as service:
+        job, watch = _begun(service, cluster)
         killed = time.monotonic()
         cluster.head.kill()
         service.process.kill()
         service.process.wait()
     start_again()
-    with running_service(data, cluster.mark, log, **env) as service:
-        done = _followed(service, job, stored)
-        over, recovered = time.monotonic(), done[1]
-        assert done[0]["state"] == "completed", done
-        assert done[0]["result"]["frames"] == FRAMES
-        windows = done[0]["detail"]["windows_total"]
-    rendered = windows_rendered(cluster) - before
-    assert 0 <= rendered - windows <= spare, (rendered, windows)
-    return Measured(fault, recovered - killed, over - killed, windows, rendered - windows, 0)
+    with service_on(cluster) as service:
+        return [_outcome(fault, cluster, service, job, watch, killed, before)]
 
 
-def _followed(service: Service, job: str, stored: Callable[[], int]) -> tuple[dict[str, object], float]:
-    """The job at its end, and when it was first seen to go on."""
-    kept, went_on = stored(), 0.0
-    while True:
-        found = service.job(job)
-        if not went_on and (stored() != kept or found["state"] == "completed"):
-            went_on = time.monotonic()
-        if found["state"] in ("completed", "failed", "cancelled"):
-            return found, went_on
-        time.sleep(0.05)
+@contextmanager
+def service_on(cluster: Cluster) -> Iterator[Service]:
+    """The service, on this cluster and its data; the head is its home."""
+    env = cluster.environment(
+        TEST_NODE=cluster.head.mark,
+        INFINITETALK_RAY_ADDRESS=cluster.address,
+        INFINITETALK_SCRATCH_DIR=str(cluster.scratch),
+        INFINITETALK_DRAFT_ARGS=SLOW,
+    )
+    with running_service(
+        cluster.folder / "data", cluster.mark, cluster.folder / "service.log", **env
+    ) as service:
+        yield service
+
+
+def _begun(service: Service, cluster: Cluster) -> tuple[str, Watch]:
+    """A job that has some windows."""
+    job = service.submit(FRAMES, lambda frames: speech(cluster.folder, frames))
+    watch = Watch(service.data / "jobs" / job / "work")
+    until(lambda: len(watch.seen) >= 3, 90)
+    return job, watch
+
+
+def _outcome(
+    fault: str, cluster: Cluster, service: Service, job: str, watch: Watch, killed: float, before: int
+) -> Measured:
+    done = service.until_over(job, 180)
+    over = time.monotonic()
+    watch.over.set()
+    assert done["state"] == "completed", done
+    assert done["result"]["frames"] == FRAMES
+    windows, rendered = done["detail"]["windows_total"], windows_rendered(cluster) - before
+    # Of each GPU's segment, what was in work and had not been stored; a straggler may have been run twice.
+    assert 0 <= rendered - windows <= LANES * (SPARE + 1), (rendered, windows)
+    recovered = watch.next_window(killed) - killed
+    return Measured(fault, recovered, over - killed, windows, rendered - windows, 0)
 
 
 @contextmanager
@@ -182,7 +219,7 @@ def ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True)
 
 
-def cut_off(folder: Path) -> Measured:
+def cut_off(folder: Path) -> list[Measured]:
     """The network of a node breaks: its segments go on elsewhere; it ends by itself what it still does."""
     cluster = TwoNetworks(folder)
     try:
@@ -206,10 +243,11 @@ def cut_off(folder: Path) -> Measured:
         left = cluster.stop()
         cluster.remove()
     assert not left, "these processes did not end: " + "; ".join(left)
-    return result
+    return [result]
 
 
-ALONE: dict[str, Callable[[Path], Measured]] = {
+ALONE: dict[str, Callable[[Path], list[Measured]]] = {
+    "service": break_service,
     "head, state lost": lose_head,
     "head, state kept": restart_head,
     "partition": cut_off,

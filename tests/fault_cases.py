@@ -96,7 +96,7 @@ def after_loss(job: Job, killed: float) -> float:
     until(lambda: bool(job.lost), 60)
     segment = job.lost[0]
     until(lambda: any(index == segment and at > killed for at, index, _ in job.seen), 60)
-    return job.next_window(segment, killed) - killed
+    return job.next_window(killed, segment) - killed
 
 
 def kill_engine(cluster: Cluster) -> Measured:

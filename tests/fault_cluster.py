@@ -19,7 +19,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -209,27 +209,19 @@ class PoolLook:
         return [lane["state"] for lane in self.status()["lanes"]]
 
 
-@dataclass(slots=True)
-class Job:
-    """``infinitetalk render`` on the cluster; ``windows`` are followed as they appear in its directory."""
+class Watch:
+    """Follows the windows of a job as they appear in its directory."""
 
-    process: subprocess.Popen[bytes]
-    directory: Path
-    output: Path
-    log: Path
-    began: float = field(default_factory=time.monotonic)
-    seen: list[tuple[float, int, int]] = field(default_factory=list)
-    """When which (segment, window) was stored; window -1: the whole segment."""
-    ended: float = 0.0
-    _over: threading.Event = field(default_factory=threading.Event)
-
-    def __post_init__(self) -> None:
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.seen: list[tuple[float, int, int]] = []
+        """When which (segment, window) was stored; window -1: the whole segment."""
+        self.over = threading.Event()
         threading.Thread(target=self._follow, daemon=True).start()
 
     def _follow(self) -> None:
         known: set[tuple[int, int]] = set()
-        while not self._over.wait(0.02):
-            over = self.process.poll() is not None
+        while not self.over.wait(0.02):
             now = time.monotonic()
             for path in self.directory.glob("segments/[0-9]*"):
                 segment = int(path.name[:4])
@@ -239,9 +231,25 @@ class Job:
                 for entry in found - known:
                     self.seen.append((now, *entry))
                 known |= found
-            if over:
-                self.ended = now
-                self._over.set()
+
+    def next_window(self, after: float, segment: int | None = None) -> float:
+        """When a window (of the segment) was stored, the first since then."""
+        return min(at for at, index, _ in self.seen if segment in (None, index) and at > after)
+
+
+class Job(Watch):
+    """``infinitetalk render`` on the cluster."""
+
+    def __init__(self, process: subprocess.Popen[bytes], directory: Path, output: Path, log: Path) -> None:
+        super().__init__(directory)
+        self.process, self.output, self.log = process, output, log
+        self.ended = 0.0
+        threading.Thread(target=self._await, daemon=True).start()
+
+    def _await(self) -> None:
+        self.process.wait()
+        self.ended = time.monotonic()
+        self.over.set()
 
     def said(self) -> str:
         """Its standard error so far."""
@@ -249,18 +257,13 @@ class Job:
 
     def until_windows(self, count: int, seconds: float = 120) -> None:
         """Wait until so many windows are stored."""
-        until(lambda: len(self.seen) >= count or self._over.is_set(), seconds)
+        until(lambda: len(self.seen) >= count or self.over.is_set(), seconds)
         assert len(self.seen) >= count, self.said()
 
     def finish(self, seconds: float = 180) -> int:
         """Wait for the end; the exit code."""
-        code = self.process.wait(seconds)
-        self._over.wait(5)
-        return code
-
-    def next_window(self, segment: int, after: float) -> float:
-        """When a window of the segment was stored, the first since then."""
-        return min(at for at, index, _ in self.seen if index == segment and at > after)
+        self.over.wait(seconds)
+        return self.process.wait(5)
 
     @property
     def lost(self) -> list[int]:

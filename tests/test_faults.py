@@ -34,4 +34,4 @@ def test_a_head_or_a_network_that_breaks_loses_nothing(tmp_path: Path, fault: st
     """The head comes back with or without its state, a node is cut off: the job goes on with what is kept."""
     if reason := missing_for(fault):
         pytest.skip(reason)
-    print(ALONE[fault](tmp_path))
+    print(*ALONE[fault](tmp_path))

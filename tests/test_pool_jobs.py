@@ -18,13 +18,14 @@ from ray.experimental.internal_kv import _internal_kv_get
 from actors.driver import render
 from actors.pool import NAMESPACE, PoolActor
 from actors.pool_client import LeasedRenderers, PoolClient, pool_name
-from pipeline.errors import ConfigurationError, GraphError, RendererLost
+from pipeline.errors import ConfigurationError, GraphError, JobCancelled, RendererLost
 from pipeline.plan import calculate_segments
+from pipeline.progress import JobProgress
 from pipeline.request import RenderRequest
 from pipeline.result import RenderResult
 from pipeline.settings import Settings
 from tests.fault_cases import speech
-from tests.fault_cluster import ROOT, Cluster, PoolLook, engines, run_command, submit, until
+from tests.fault_cluster import ROOT, Cluster, PoolLook, Watch, engines, run_command, submit, until
 from tests.test_segment import START, task_of, wav
 
 pytestmark = pytest.mark.timeout(300)
@@ -210,8 +211,9 @@ def test_memory_that_a_failure_left_behind_is_noticed(
         hold(job, 0)
         job.submit(task_of(portrait, **SHORT), 0).result(60)
         hold(job, 0)
+        other = replace(task_of(portrait).recipe, seed=8)  # the engine still has the first one's frames
         with pytest.raises(GraphError, match="leaks memory"):
-            job.submit(task_of(portrait, **SHORT), 0).result(60)
+            job.submit(task_of(portrait, **SHORT, recipe=other), 0).result(60)
         now = {pid for pid, _ in engines(f"TEST_MARK={cluster.mark}")}
         assert len(known & now) == 1
         assert len(now) == 2
@@ -308,19 +310,35 @@ def test_nodes_come_and_go_under_a_job(
     open_pool: Callable[..., PoolClient], cluster: Cluster, tmp_path: Path
 ) -> None:
     """A node that joins is used by the job in work; it is killed: that costs a window, and its lane goes."""
-    pool = open_pool("--draft-window-seconds 0.4")
+    pool = open_pool("--draft-window-seconds 2")
     pool.start()
+    enough = threading.Event()
+
+    def on_progress(_: JobProgress) -> None:
+        if enough.is_set():
+            raise JobCancelled("job")
+
+    watch, look = Watch(tmp_path / "job"), PoolLook()
     with ThreadPoolExecutor(1) as threads:
-        job = threads.submit(render_with, pool, tmp_path, 4500, "job")
-        until(lambda: any((tmp_path / "job" / "segments").glob("*.windows/*")), 60)
-        node = cluster.add_node(1)
-        look = PoolLook()
-        until(lambda: [lane["state"] for lane in look.status()["lanes"]][2:] == ["busy"], 60)
-        node.kill()
-        until(lambda: len(look.status()["lanes"]) == 2, 60)
-        cluster.nodes.remove(node)
-        result, _ = job.result(180)
-        assert result.frames == 4500
+        job = threads.submit(render_with, pool, tmp_path, 6000, "job", on_progress=on_progress)
+        try:
+            until(lambda: bool(watch.seen), 90)
+            node = cluster.add_node(1)
+            until(lambda: [lane["state"] for lane in look.status()["lanes"]][2:] == ["busy"], 90)
+            (taken,) = [found["gpus"] for found in look.status()["jobs"]]
+            assert 2 in taken
+            killed = time.monotonic()
+            node.kill()
+            cluster.nodes.remove(node)
+            until(lambda: len(look.status()["lanes"]) == 2, 60)
+            # Its segment waits for one of the others; those did not stop.
+            until(lambda: len([at for at, _, _ in watch.seen if at > killed + 2]) >= 2, 60)
+            assert not job.done()
+        finally:
+            enough.set()
+            watch.over.set()
+        with pytest.raises(JobCancelled):
+            job.result(60)
 
 
 def test_an_autoscaling_cluster_is_asked_by_the_queue(
