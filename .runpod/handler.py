@@ -92,6 +92,7 @@ class Worker:
             watching.cancel()
             with suppress(JobNotFound):  # it was over, and answered
                 self._store.index.cancel(job.id)
+                self._store.delete(job.id)
 
     def _answer(self, name: str) -> dict[str, Any]:
         """What a job that is over gives.  It is deleted: nobody can ask this worker again."""

@@ -7,10 +7,10 @@ which GPU the pool's: a job that prepares or joins has none.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
-import re
 import socket
 import threading
 import time
@@ -32,6 +32,7 @@ from pipeline.errors import (
     JobCancelled,
     PipelineError,
     RenderFailed,
+    code_of,
 )
 from pipeline.job import JobDirectory
 from pipeline.job_inputs import resolve
@@ -52,6 +53,8 @@ LOOK_SECONDS = 1.0
 """How often it looks at the pool."""
 MAX_ATTEMPTS = 20
 """Runners that one job may lose, or find its directory held."""
+HELD_SECONDS = 1.0
+"""Between two of these."""
 MORE_JOBS = 2
 """Jobs in work beside two for each GPU: those that prepare and join while others render."""
 NICENESS = 10
@@ -66,7 +69,8 @@ class JobRunner:
     def __init__(self, service: ServiceSettings, settings: Settings) -> None:
         os.nice(NICENESS)
         self._service, self._settings = service, settings
-        self._name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+        self._name = f"{socket.gethostname()[:30]}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+        self._claims = itertools.count(1)
         self._pool: PoolClient | None = None
         self._view = PoolView(frozenset(), frozenset())
         self._stop = threading.Event()
@@ -106,11 +110,13 @@ class JobRunner:
             while not self._stop.is_set():
                 self._look_after(store)
                 self._look_at_the_pool(store)
-                job = store.index.claim(self._name) if self._has_room() else None
+                # A name for each claim: a thread that still ends must not take another claim for its own.
+                holder = f"{self._name}/{next(self._claims)}"
+                job = store.index.claim(holder) if self._has_room() else None
                 if job is None:
                     self._stop.wait(IDLE_SECONDS)
                 else:
-                    self._begin(store, job)
+                    self._begin(store, job, holder)
         except BaseException:
             log.exception("the runner ends; Ray starts another one")
             os._exit(1)  # a thread's end alone would leave an actor that does nothing
@@ -160,14 +166,15 @@ class JobRunner:
             return bool(self._settings.max_gpus) and not self._jobs
         return len(self._jobs) < 2 * lanes + MORE_JOBS
 
-    def _begin(self, store: JobStore, job: Job) -> None:
-        watch = JobWatch(store.index, job, self._name)
+    def _begin(self, store: JobStore, job: Job, holder: str) -> None:
+        watch = JobWatch(store.index, job, holder)
 
         def work() -> None:
             try:
                 tell_start(job)
-                self._do(store, job, watch)
+                self._do(store, job, watch, holder)
                 tell_end(store.index, job.id)
+                store.let_go(job.id)
             except BaseException:
                 log.exception("job %s ends the runner; Ray starts another one", job.id, extra={"job": job.id})
                 os._exit(1)
@@ -178,7 +185,7 @@ class JobRunner:
         self._jobs[thread] = watch
         thread.start()
 
-    def _do(self, store: JobStore, job: Job, watch: JobWatch) -> None:
+    def _do(self, store: JobStore, job: Job, watch: JobWatch, holder: str) -> None:
         said: dict[str, Any] = {}
         with watch:
             try:
@@ -194,9 +201,11 @@ class JobRunner:
                     said = _error("timed_out", f"the job took longer than the {limit:g} s it may take")
             except InvalidRequest as error:
                 if error.field == "job" and job.attempt < MAX_ATTEMPTS:
-                    # A runner that is not quite dead holds its directory.
-                    store.index.requeue(job.id, self._name)
-                said = _error("invalid_input", str(error), error.field)
+                    # A runner that is not quite dead holds its directory, or a thread that is just ending.
+                    watch.stop.wait(HELD_SECONDS)
+                    store.index.requeue(job.id, holder)
+                    return
+                said = _error(code_of(error), str(error), error.field)
             except PipelineError as error:
                 if (
                     isinstance(error, RenderFailed | EngineError | ConfigurationError)
@@ -204,10 +213,10 @@ class JobRunner:
                 ):
                     log.warning("job %s waits for GPUs: %s", job.id, error, extra={"job": job.id})
                     if job.attempt < MAX_ATTEMPTS:
-                        store.index.requeue(job.id, self._name)
+                        store.index.requeue(job.id, holder)
                         return
                 log.error("job %s failed: %s", job.id, error, extra={"job": job.id})
-                said = _error(_code(error), str(error))
+                said = _error(code_of(error), str(error))
             except Exception:
                 log.exception("job %s failed in a way that nobody foresaw", job.id, extra={"job": job.id})
                 said = _error("internal_error", "an error inside the service; its log tells more")
@@ -215,12 +224,12 @@ class JobRunner:
                 watch.flush()
                 result |= deliver(store, job)
                 size = store.size(job.id)
-                store.index.finish(job.id, self._name, "completed", result=result, size=size)
+                store.index.finish(job.id, holder, "completed", result=result, size=size)
                 return
             if said:
-                store.index.finish(job.id, self._name, "failed", error=said)
+                store.index.finish(job.id, holder, "failed", error=said, size=store.size(job.id))
             elif watch.reason == "stopping":
-                store.index.requeue(job.id, self._name)
+                store.index.requeue(job.id, holder)
 
     def _pool_is_empty(self) -> bool:
         """Whether all GPUs are gone: that is no job's fault."""
@@ -259,11 +268,6 @@ class JobRunner:
             return {**(job.result or {}), "redo": {"success": False, "message": str(error)}}
         result: dict[str, Any] = json.loads(JobDirectory(work).result.read_text())
         return {**result, "redo": {k: v for k, v in done.as_dict().items() if k != "video_path"}}
-
-
-def _code(error: PipelineError) -> str:
-    """``RenderFailed`` is ``render_failed`` for clients."""
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(error).__name__).lower()
 
 
 def _error(code: str, message: str, field: str | None = None) -> dict[str, Any]:

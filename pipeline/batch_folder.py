@@ -87,8 +87,9 @@ class BatchFolder:
         return found
 
     def holds(self, place: str) -> bool:
-        """Whether something is in the folder, or goes to its address."""
-        return place.startswith((f"{self.path}/", *([] if self.address is None else [f"{self.address}/"])))
+        """Whether something is the folder or in it, or goes to its address."""
+        roots = [str(self.path), *([] if self.address is None else [self.address])]
+        return any(place == root or place.startswith(f"{root}/") for root in roots)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -210,6 +210,7 @@ class JobIndex:
                     finished=None,
                     expires=None,
                     error=None,
+                    bytes=0,
                     progress=0.0,
                     eta_seconds=None,
                 )
@@ -333,10 +334,17 @@ class JobIndex:
         with self._engine.begin() as db:
             db.execute(JOBS.update().where(JOBS.c.id == job).values(extra=dict(extra)))
 
+    def set_bytes(self, job: str, size: int) -> None:
+        """What a job takes on the disk."""
+        with self._engine.begin() as db:
+            db.execute(JOBS.update().where(JOBS.c.id == job).values(bytes=size))
+
     def tell(self, job: str, kind: EventKind, data: Mapping[str, Any]) -> None:
-        """Add an event."""
+        """Add an event; none to a job that was deleted meanwhile."""
+        row = {"job": job, "at": time.time(), "kind": kind, "data": dict(data)}
+        values = [sa.literal(value, EVENTS.c[name].type) for name, value in row.items()]
         with self._write_lazily() as db:
-            _tell(db, job, kind, data)
+            db.execute(EVENTS.insert().from_select(list(row), sa.select(*values).where(JOBS.c.id == job)))
 
     def finish(
         self,
@@ -415,7 +423,7 @@ class JobIndex:
             db.execute(WEBHOOKS.delete().where(WEBHOOKS.c.id == webhook))
 
     def finished_sizes(self) -> list[tuple[str, float, int]]:
-        """Id, end and bytes of the jobs that are over, the oldest end first."""
+        """Id, end and bytes (0: not weighed) of the jobs that are over, the oldest end first."""
         query = (
             sa.select(JOBS.c.id, JOBS.c.finished, JOBS.c.bytes)
             .where(JOBS.c.state.in_(sorted(FINAL)))

@@ -14,11 +14,12 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from pipeline.errors import JobConflict
+from pipeline.errors import JobConflict, JobNotFound
 from pipeline.job import JobDirectory, storage_errors
 from pipeline.job_index import JobIndex
 from pipeline.job_records import Job, NewJob
@@ -102,8 +103,37 @@ class JobStore:
         shutil.rmtree(self.job(job), ignore_errors=True)
 
     def size(self, job: str) -> int:
-        """Bytes of all that belongs to a job."""
-        return sum(file.stat().st_size for file in self.job(job).rglob("*") if file.is_file())
+        """Bytes of all that belongs to a job; files may go meanwhile."""
+        total = 0
+        for folder, _, names in os.walk(self.job(job)):
+            for name in names:
+                with suppress(FileNotFoundError):
+                    total += Path(folder, name).lstat().st_size
+        return total
+
+    def weigh(self, job: str) -> int:
+        """Note in the index what a job takes on the disk; the bytes."""
+        if size := self.size(job):
+            self.index.set_bytes(job, size)
+        return size
+
+    def let_go(self, job: str) -> None:
+        """Its runner writes no more of a job: weigh it, or remove what was written after its deletion."""
+        try:
+            self.index.get(job)
+        except JobNotFound:
+            shutil.rmtree(self.job(job), ignore_errors=True)
+        else:
+            self.weigh(job)
+
+    def left_behind(self) -> list[Path]:
+        """Folders that were made again by what was still writing when their job was deleted.
+
+        Only such without ``received``, which every job has: with another index, jobs are not taken for these.
+        """
+        bare = [folder for folder in (self.root / "jobs").iterdir() if not (folder / "received").exists()]
+        known = self.index.states([folder.name for folder in bare])
+        return [folder for folder in bare if folder.name not in known]
 
     def result(self, job: Job) -> Path:
         """The video of a completed job.  Raises ``JobConflict`` for any other."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
+from contextlib import suppress
 
 from pipeline.errors import JobConflict, JobNotFound
 from pipeline.job_store import JobStore
 
 INCOMING_SECONDS = 24 * 3600
 """An upload that takes longer has broken off."""
+LEFT_SECONDS = 3600
+"""So long after the last write nothing makes a job of a folder, or writes into one that has none."""
 
 log = logging.getLogger(__name__)
 
@@ -22,9 +26,15 @@ def clean_up(store: JobStore) -> list[str]:
     settings = store.settings
     now = time.time()
     for path in store.incoming.iterdir():
-        if now - path.stat().st_mtime > INCOMING_SECONDS:
-            path.unlink(missing_ok=True)
-    over = store.index.finished_sizes()
+        with suppress(FileNotFoundError):  # it has become a job's
+            if now - path.stat().st_mtime > INCOMING_SECONDS:
+                path.unlink()
+    for folder in store.left_behind():
+        with suppress(FileNotFoundError):
+            if now - folder.stat().st_mtime > LEFT_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
+    # What no runner has weighed: cancelled or too late while it waited, or its runner was killed.
+    over = [(job, ended, size or store.weigh(job)) for job, ended, size in store.index.finished_sizes()]
     total = sum(size for _, _, size in over)
     deleted = []
     for job, finished, size in over:

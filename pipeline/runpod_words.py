@@ -47,9 +47,16 @@ def status_of(job: Job) -> str:
 
 
 def output(job: Job, store: JobStore) -> dict[str, Any]:
-    """What the hub handler gives, and what the job says of itself."""
+    """What the hub handler gives, and what the job says of itself.
+
+    The video itself only where it went nowhere else.  Raises ``JobConflict`` for a job without a video.
+    """
     result = job.result or {}
     told = {name: result[name] for name in ("success", "gpu_count", "segments_processed", "message")}
-    if "volume_path" in result:
-        return {"video_path": result["volume_path"], **told}
+    if "delivery_error" in result:
+        told["delivery_error"] = result["delivery_error"]
+    places = {"volume_path": "video_path", "video_url": "video_url"}
+    delivered = {name: result[place] for place, name in places.items() if place in result}
+    if delivered:
+        return {**delivered, **told}
     return {"video": base64.b64encode(store.result(job).read_bytes()).decode(), **told}

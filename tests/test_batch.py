@@ -371,3 +371,11 @@ def test_a_folder_takes_one_batch_at_a_time(tmp_path: Path) -> None:
         BatchFolder(tmp_path).locked(),
     ):
         pass
+
+
+def test_a_folder_knows_what_is_its_own(tmp_path: Path) -> None:
+    """Itself and all below it, and its address: a full disk there ends the batch, elsewhere one job."""
+    folder = BatchFolder(tmp_path / "out", "s3://b/talks")
+    ours = [str(folder.path), str(folder.path / "more"), "s3://b/talks/a.mp4"]
+    others = [str(tmp_path), f"{folder.path}-2/a.mp4", "s3://b/talks-2/a.mp4"]
+    assert [folder.holds(place) for place in (*ours, *others)] == [True] * 3 + [False] * 3

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from pipeline.job_store import JobStore
 from pipeline.result_delivery import deliver
 from pipeline.result_upload import Bucket, upload
 from pipeline.retention import clean_up
+from pipeline.runpod_words import output
 from pipeline.service_settings import ServiceSettings
 from tests.s3_server import KEY, SECRET, running_s3
 
@@ -37,6 +40,13 @@ def completed(store: JobStore, **extra: object) -> Job:
     store.index.claim("r")
     store.index.finish(job.id, "r", "completed", result={"frames": 1}, size=store.size(job.id))
     return store.index.get(job.id)
+
+
+def submitted(store: JobStore) -> str:
+    """A job that waits, with an upload."""
+    upload = store.incoming / "upload"
+    upload.write_bytes(CONTENT)
+    return store.submit(NewJob("v1", "me", {}, {}, "f"), {"audio": upload})[0].id
 
 
 def test_a_signed_link_gives_the_video(s3: tuple[Bucket, Path], tmp_path: Path) -> None:
@@ -102,3 +112,66 @@ def test_old_jobs_and_lost_uploads_are_forgotten(tmp_path: Path) -> None:
     assert clean_up(store) == [job]
     assert (lost.exists(), fresh.exists()) == (False, True)
     store.index.close()
+
+
+def test_runpods_answer_says_where_the_video_went(s3: tuple[Bucket, Path], tmp_path: Path) -> None:
+    """A link in the place of base64; with a bucket that refuses, the video itself and the bucket's words."""
+    bucket, _ = s3
+    store = JobStore(ServiceSettings(data_dir=tmp_path))
+    good = {"name": "videos", "endpoint": bucket.endpoint, "access_key": KEY, "secret_key": SECRET}
+    told = {"success": True, "gpu_count": 1, "segments_processed": 1, "message": "made"}
+    for given, names in ((good, {"video_url"}), (good | {"secret_key": "no"}, {"video", "delivery_error"})):
+        job = completed(store, s3=given)
+        answer = output(replace(job, result=told | deliver(store, job)), store)
+        assert set(answer) == set(told) | names
+        if "video" in names:
+            assert base64.b64decode(answer["video"]) == CONTENT
+            assert "s3://videos" in answer["delivery_error"]
+        else:
+            assert requests.get(answer["video_url"], timeout=10).content == CONTENT
+    store.index.close()
+
+
+def test_jobs_that_came_to_nothing_are_weighed_too(tmp_path: Path) -> None:
+    """What was uploaded for a job that was cancelled while it waited counts, and a failed one's files."""
+    store = JobStore(ServiceSettings(data_dir=tmp_path, keep_bytes=len(CONTENT)))
+    jobs = [submitted(store) for _ in range(3)]
+    for job in jobs[:2]:
+        store.index.cancel(job)
+    assert store.index.finished_bytes() == 0
+    assert clean_up(store) == jobs[:1]
+    assert store.index.finished_bytes() == len(CONTENT)
+    store.index.claim("r")
+    store.index.finish(jobs[2], "r", "failed", error={"code": "x"}, size=store.size(jobs[2]))
+    assert clean_up(store) == jobs[1:2]
+    store.index.again(jobs[2], {"kind": "render"}, ["failed"])
+    store.index.cancel(jobs[2])
+    store.let_go(jobs[2])
+    assert store.index.finished_bytes() == len(CONTENT)
+    store.index.close()
+
+
+def test_what_is_written_after_a_deletion_goes_too(tmp_path: Path) -> None:
+    """By who lets go of the job; where that one was killed, an hour later; never another index's jobs."""
+    store = JobStore(ServiceSettings(data_dir=tmp_path))
+    jobs = [submitted(store) for _ in range(3)]
+    for job in jobs[:2]:
+        store.delete(job)
+        store.index.tell(job, "log", {"message": "late"})
+        assert store.index.events(job) == []
+        store.work(job).mkdir(parents=True)
+        (store.work(job) / "timeline.json").write_text("{}")
+    store.let_go(jobs[0])
+    store.let_go(jobs[2])
+    assert [store.job(job).exists() for job in jobs] == [False, True, True]
+    clean_up(store)
+    assert store.job(jobs[1]).exists()
+    os.utime(store.job(jobs[1]), (0, 0))
+    os.utime(store.job(jobs[2]), (0, 0))
+    clean_up(store)
+    assert [store.job(job).exists() for job in jobs] == [False, False, True]
+    store.index.close()
+    other = JobStore(ServiceSettings(data_dir=tmp_path, database_url=f"sqlite:///{tmp_path}/other"))
+    clean_up(other)
+    assert store.job(jobs[2]).exists()
+    other.index.close()

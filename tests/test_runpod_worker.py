@@ -114,7 +114,7 @@ def test_the_local_server_streams(local: str, speech_of: SpeechOf, tmp_path: Pat
     pieces = [piece["output"] for piece in told["stream"]]
     progress = [piece["progress"] for piece in pieces if "progress" in piece]
     assert progress == sorted(progress)
-    assert {"segment": 0, "stage": "finished", "gpu": None} in pieces
+    assert [piece["gpu"] in (0, 1) for piece in pieces if piece.get("stage") == "finished"] == [True]
     video_of(pieces[-1], tmp_path, 40)
 
 
@@ -191,8 +191,11 @@ def test_a_failed_job_is_told(platform: tuple[Platform, Path], speech_of: Speech
 def test_a_cancel_frees_the_gpus(
     platform: tuple[Platform, Path], speech_of: SpeechOf, tmp_path: Path
 ) -> None:
-    """RunPod stops a job of a minute (its time limits do the same): the next one is done long before that."""
-    runpod, _ = platform
+    """RunPod stops a job of a minute (its time limits do the same): the next one is done long before that.
+
+    Nothing of it stays on the disk.
+    """
+    runpod, folder = platform
     runpod.send("long", given(speech_of(9000)))
     runpod.wait("long", progress=True, seconds=30)
     runpod.stops.put("long")
@@ -200,3 +203,4 @@ def test_a_cancel_frees_the_gpus(
     answer = runpod.wait("next", progress=False, seconds=25)
     video_of(answer["output"], tmp_path, 30)
     assert [body for body in runpod.of("long") if body.get("status") != "IN_PROGRESS"] == []
+    assert list((folder / "data" / "jobs").iterdir()) == []
