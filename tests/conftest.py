@@ -180,13 +180,13 @@ def processes_with() -> Callable[[str], list[int]]:
 
 
 @pytest.fixture(scope="module")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres() -> Iterator[str]:
     """The URL of an empty database on a PostgreSQL server of our own."""
     from tests.postgres_process import PROGRAMS, postgres_server
 
     if not PROGRAMS:
         pytest.skip("no PostgreSQL here: apt-get install postgresql")
-    with postgres_server(tmp_path_factory.mktemp("postgres")) as url:
+    with postgres_server() as url:
         yield url
 
 

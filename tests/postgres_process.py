@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,14 +17,18 @@ PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
 
 
 @contextmanager
-def postgres_server(folder: Path) -> Iterator[str]:
-    """Start one in ``folder``; the URL of its database for ``JobIndex``."""
+def postgres_server() -> Iterator[str]:
+    """Start one; the URL of its database for ``JobIndex``."""
+    # Not in pytest's folder, which nobody else may enter: PostgreSQL refuses root.
+    with tempfile.TemporaryDirectory(prefix="postgres-") as folder:
+        yield from _running_in(Path(folder))
+
+
+def _running_in(folder: Path) -> Iterator[str]:
     port = free_port()
     as_user = []
-    if os.geteuid() == 0:  # PostgreSQL refuses root
+    if os.geteuid() == 0:
         shutil.chown(folder, "postgres")
-        for parent in (folder.parent, folder.parent.parent):
-            parent.chmod(0o755)
         as_user = ["runuser", "-u", "postgres", "--"]
     tools = PROGRAMS[-1].parent
     data = folder / "data"
@@ -46,6 +51,8 @@ def postgres_server(folder: Path) -> Iterator[str]:
         if ready.returncode == 0:
             break
         time.sleep(0.05)
-    yield f"postgresql+psycopg://jobs@127.0.0.1:{port}/postgres"
-    server.terminate()
-    server.wait()
+    try:
+        yield f"postgresql+psycopg://jobs@127.0.0.1:{port}/postgres"
+    finally:
+        server.terminate()
+        server.wait()
