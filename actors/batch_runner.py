@@ -138,10 +138,15 @@ class BatchRunner:
                 with open_pool(self._settings, gpus) as pool:
                     self._gpus, self._ready = len(pool.start()), time.monotonic()
                     self._render(pool, on_news)
-        except KeyboardInterrupt:
-            raise JobCancelled("batch") from None
-        finally:
-            self._results.close()
+        except BaseException as error:
+            try:
+                self._results.close()
+            except StorageError as unstored:
+                log.error("%s; the same command stores the results", unstored)
+            if isinstance(error, KeyboardInterrupt):
+                raise JobCancelled("batch") from None
+            raise
+        self._results.close()
 
     def _look_at_earlier_results(self) -> None:
         left = self._folder.left_over()
@@ -164,9 +169,12 @@ class BatchRunner:
 
         def work() -> None:
             try:
-                while self._waiting and not self._stop.is_set():
-                    with suppress(IndexError):  # another thread was faster
-                        self._do(self._waiting.popleft(), pool)
+                while not self._stop.is_set():
+                    try:
+                        job = self._waiting.popleft()
+                    except IndexError:
+                        return
+                    self._do(job, pool)
             except BaseException as error:  # noqa: BLE001 - the main thread raises it
                 self._trouble = self._trouble or error
                 self._over.set()
@@ -190,7 +198,10 @@ class BatchRunner:
         finally:
             self._ended = time.monotonic()
             self._stop.set()
-            self._results.close()  # now: what cancels may kill soon
+            try:
+                self._results.close()  # now: what cancels may kill soon
+            except StorageError as error:
+                log.warning("the results are not stored yet: %s", error)  # ``run`` tries once more
             _wait_for(threads)
         if self._trouble is not None:
             raise self._trouble
@@ -222,7 +233,10 @@ class BatchRunner:
                 if not self._stop.is_set():
                     self._fail(job, PipelineError(f"{type(error).__name__}: {error}"), began)
             else:
-                self._folder.keep_timeline(job, JobDirectory(work / "job"))
+                try:
+                    self._folder.keep_timeline(job, JobDirectory(work / "job"))
+                except StorageError as error:
+                    log.warning("its timeline is not kept: %s", error, extra={"job": job.id})
                 self._results.append(self._record(job, began, digest, result))
                 self._forget_other(job, None)
                 if self._folder.address is not None:
@@ -277,6 +291,7 @@ class BatchRunner:
                 name=job.id,
                 priority=job.priority,
                 pool=pool,
+                watched=False,
                 on_progress=seen,
             )
 

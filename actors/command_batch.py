@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import signal
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +26,8 @@ from actors.driver import choose_workflow
 from actors.terminal import logging_on
 from pipeline.batch_folder import BatchFolder, Results
 from pipeline.batch_manifest import Problem, read_manifest
-from pipeline.errors import InvalidRequest, JobCancelled
+from pipeline.errors import ConfigurationError, InvalidRequest, JobCancelled
+from pipeline.job import storage_errors
 from pipeline.remote_files import s3_place
 from pipeline.request import RenderRequest
 from pipeline.settings import Settings
@@ -124,8 +126,23 @@ def _folder(options: argparse.Namespace, settings: Settings) -> BatchFolder:
         s3_place(out)
     except ValueError as error:
         raise InvalidRequest("out", f"{error}; results go to a folder or to s3://bucket/prefix") from None
-    default = settings.scratch / "infinitetalk-batches" / hashlib.sha256(out.encode()).hexdigest()[:12]
-    return BatchFolder((options.work_dir or default).resolve(), out.rstrip("/"))
+    if options.work_dir is not None:
+        return BatchFolder(options.work_dir.resolve(), out.rstrip("/"))
+    return BatchFolder(_own_folder(settings) / hashlib.sha256(out.encode()).hexdigest()[:12], out.rstrip("/"))
+
+
+def _own_folder(settings: Settings) -> Path:
+    """Of this user's batches in the scratch folder, where others can make folders too.
+
+    Raises ``ConfigurationError`` where it is not this user's alone, ``StorageError``.
+    """
+    folder = settings.scratch.resolve() / f"infinitetalk-batches-{os.getuid()}"
+    with storage_errors(folder):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise ConfigurationError(f"{folder} is no folder of this user's alone; remove it, or give --work-dir")
+    return folder
 
 
 def _refused(options: argparse.Namespace, problems: list[Problem]) -> int:

@@ -63,6 +63,7 @@ def render(
     name: str | None = None,
     priority: int = 0,
     pool: PoolClient | None = None,
+    watched: bool = True,
     on_progress: OnProgress,
     make_plan: Callable[[int, int], Plan] | None = None,
 ) -> RenderResult:
@@ -72,8 +73,9 @@ def render(
     a failure goes on with what is missing; with ``job_dir`` the job lives there, and stays.  ``name`` is what
     it is called in logs (default: a digest of the request).  Renderers are lent by ``pool``, or by one that
     is opened for this job; it takes ``gpus`` of them at a time (default: all, in fairness to other jobs,
-    among which ``priority`` counts: see ``pipeline.scheduling``). Raises ``PipelineError``; a
-    KeyboardInterrupt becomes ``JobCancelled``, and leaves no process behind.
+    among which ``priority`` counts: see ``pipeline.scheduling``).  ``watched``: what is finished of a job
+    that stays can be played meanwhile.  Raises ``PipelineError``; a KeyboardInterrupt becomes
+    ``JobCancelled``, and leaves no process behind.
     """
     check_gpus(gpus)
     engine = engine_kind(settings)
@@ -113,7 +115,7 @@ def render(
             on_progress=on_progress,
             make_plan=make_plan,
             separator=VocalSeparator.configured(settings),
-            watched=job_dir is not None,
+            watched=watched and job_dir is not None,
         )
     except (PipelineError, KeyboardInterrupt) as error:
         if job.has_segments or (job.voice.exists() and not isinstance(error, InvalidRequest)):
@@ -136,11 +138,14 @@ def redo_part(
     side: Side | None = None,
     segment: int | None = None,
     seed: int | None = None,
+    name: str | None = None,
+    priority: int = 0,
     pool: PoolClient | None = None,
     on_progress: OnProgress,
 ) -> Redone:
     """Render one segment of the finished job in ``job_dir`` again on one GPU: ``pipeline.redo`` says how.
 
+    ``name`` and ``priority`` are those of ``render``.
     Raises ``InvalidRequest`` where the job was made with another engine or workflow, ``PipelineError``;
     a KeyboardInterrupt becomes ``JobCancelled``, and the job is as it was.
     """
@@ -149,12 +154,13 @@ def redo_part(
         choose_engine(settings)
     request = JobDirectory(job_dir.resolve()).kept_request()
     workflow = choose_workflow(request, settings)
-    name = job_id(request, _engine_mark(settings), workflow.text)
+    mark = job_id(request, _engine_mark(settings), workflow.text)
+    name = name or mark
     try:
         known = (job_dir / "id").read_text().strip()
     except OSError as error:
         raise InvalidRequest("job", f"{job_dir} holds no job that was kept with --job-dir") from error
-    if known != name:
+    if known != mark:
         raise InvalidRequest(
             "job", f"{job_dir} was rendered with another engine, or another version of its workflow"
         )
@@ -163,7 +169,7 @@ def redo_part(
     def renderers() -> Iterator[Renderers]:
         with ExitStack() as stack:
             lender = pool or stack.enter_context(open_pool(settings, 1))
-            yield stack.enter_context(lender.job(name, at_most=1))
+            yield stack.enter_context(lender.job(name, priority, at_most=1))
 
     try:
         return redo(

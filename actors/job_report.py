@@ -49,9 +49,9 @@ class JobReport:
             self._ended.wait(REPORT_SECONDS)
 
 
-def tell_start(job: Job) -> None:
-    """A runner has taken the job."""
-    if job.attempt == 1 and job.started is not None:
+def tell_start(job: Job, claimed: float) -> None:
+    """A runner has taken the job, not before ``claimed``; counted once, at a job's first start."""
+    if job.started is not None and job.started >= claimed and "again" not in job.task:
         metrics.job_started(job.started - job.created)
 
 

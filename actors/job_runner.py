@@ -53,8 +53,10 @@ LOOK_SECONDS = 1.0
 """How often it looks at the pool."""
 MAX_ATTEMPTS = 20
 """Runners that one job may lose, or find its directory held."""
-HELD_SECONDS = 1.0
-"""Between two of these."""
+HELD_SECONDS = 2.0
+"""Before it is tried again."""
+NO_GPU_SECONDS = 10.0
+"""Before a job is tried again that has met no GPU."""
 MORE_JOBS = 2
 """Jobs in work beside two for each GPU: those that prepare and join while others render."""
 NICENESS = 10
@@ -111,12 +113,12 @@ class JobRunner:
                 self._look_after(store)
                 self._look_at_the_pool(store)
                 # A name for each claim: a thread that still ends must not take another claim for its own.
-                holder = f"{self._name}/{next(self._claims)}"
+                holder, claimed = f"{self._name}/{next(self._claims)}", time.time()
                 job = store.index.claim(holder) if self._has_room() else None
                 if job is None:
                     self._stop.wait(IDLE_SECONDS)
                 else:
-                    self._begin(store, job, holder)
+                    self._begin(store, job, holder, claimed)
         except BaseException:
             log.exception("the runner ends; Ray starts another one")
             os._exit(1)  # a thread's end alone would leave an actor that does nothing
@@ -166,12 +168,12 @@ class JobRunner:
             return bool(self._settings.max_gpus) and not self._jobs
         return len(self._jobs) < 2 * lanes + MORE_JOBS
 
-    def _begin(self, store: JobStore, job: Job, holder: str) -> None:
+    def _begin(self, store: JobStore, job: Job, holder: str, claimed: float) -> None:
         watch = JobWatch(store.index, job, holder)
 
         def work() -> None:
             try:
-                tell_start(job)
+                tell_start(job, claimed)
                 self._do(store, job, watch, holder)
                 tell_end(store.index, job.id)
                 store.let_go(job.id)
@@ -203,7 +205,7 @@ class JobRunner:
                 if error.field == "job" and job.attempt < MAX_ATTEMPTS:
                     # A runner that is not quite dead holds its directory, or a thread that is just ending.
                     watch.stop.wait(HELD_SECONDS)
-                    store.index.requeue(job.id, holder)
+                    store.index.requeue(job.id, holder, counts=True)
                     return
                 said = _error(code_of(error), str(error), error.field)
             except PipelineError as error:
@@ -212,9 +214,9 @@ class JobRunner:
                     and self._pool_is_empty()
                 ):
                     log.warning("job %s waits for GPUs: %s", job.id, error, extra={"job": job.id})
-                    if job.attempt < MAX_ATTEMPTS:
-                        store.index.requeue(job.id, holder)
-                        return
+                    watch.stop.wait(NO_GPU_SECONDS)
+                    store.index.requeue(job.id, holder)
+                    return
                 log.error("job %s failed: %s", job.id, error, extra={"job": job.id})
                 said = _error(code_of(error), str(error))
             except Exception:
@@ -224,7 +226,9 @@ class JobRunner:
                 watch.flush()
                 result |= deliver(store, job)
                 size = store.size(job.id)
-                store.index.finish(job.id, holder, "completed", result=result, size=size)
+                held = store.index.finish(job.id, holder, "completed", result=result, size=size)
+                if not held and job.task["kind"] == "redo":
+                    store.index.correct(job.id, result)  # cancelled when its video was the new one already
                 return
             if said:
                 store.index.finish(job.id, holder, "failed", error=said, size=store.size(job.id))
@@ -260,7 +264,15 @@ class JobRunner:
         wanted = {name: job.task[name] for name in ("seam", "segment", "seed") if name in job.task}
         work = store.work(job.id)
         try:
-            done = redo_part(work, self._settings, **wanted, pool=pool, on_progress=watch.progress)
+            done = redo_part(
+                work,
+                self._settings,
+                **wanted,
+                name=job.id,
+                priority=job.priority,
+                pool=pool,
+                on_progress=watch.progress,
+            )
         except JobCancelled:
             raise
         except PipelineError as error:

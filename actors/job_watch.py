@@ -16,7 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.errors import JobCancelled
 from pipeline.job_index import JobIndex
-from pipeline.job_records import Job
+from pipeline.job_records import EventKind, Job
 from pipeline.progress import JobProgress
 
 KEEP_SECONDS = 0.5
@@ -71,7 +71,7 @@ class JobWatch:
             if state.stage != self._segments.get(state.segment.index, "waiting"):
                 self._segments[state.segment.index] = state.stage
                 said = {"segment": state.segment.index, "stage": state.stage, "gpu": state.lane}
-                self._index.tell(self._job.id, "segment", said)
+                self._tell("segment", said)
         share = {"joining": 99.0, "finished": 99.0}.get(seen.stage, round(99 * seen.fraction, 1))
         share = max(share, float(self._values.get("progress", 0)))  # a lost window is no news for a bar
         self._values = {
@@ -83,7 +83,14 @@ class JobWatch:
         if int(share) != self._percent:
             self._percent = int(share)
             told = {"progress": share, "stage": seen.stage, "eta_seconds": self._values["eta_seconds"]}
-            self._index.tell(self._job.id, "progress", told)
+            self._tell("progress", told)
+
+    def _tell(self, kind: EventKind, said: dict[str, Any]) -> None:
+        """What is news for people only ends no job, where the index is gone for a moment."""
+        try:
+            self._index.tell(self._job.id, kind, said)
+        except SQLAlchemyError:
+            log.exception("the index can't be written", extra={"job": self._job.id})
 
     def flush(self) -> None:
         """Store how far it is now."""

@@ -9,30 +9,32 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, nullcontext
 from contextvars import copy_context
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from pipeline.errors import MediaError, PipelineError
 from pipeline.job import JobDirectory
-from pipeline.kept_seams import Joint, KeptSeam, Timed, forget_seams, keep_seam
+from pipeline.kept_seams import Joint, KeptSeam, Timed, forget_seams, keep_seam, seam_workers
 from pipeline.plan import Plan
 from pipeline.seam import Method
 from pipeline.segment_files import SegmentFiles
 from pipeline.sound import encode_track
-from pipeline.stitch import joints, seam_workers, video_parts
+from pipeline.stitch import joints, video_parts
 from pipeline.stream import Stream
 
 TICK_SECONDS = 0.25
 """How often who waits for seams looks whether it shall stop."""
 
 TRIES = 3
-"""Looks in a row that may find files gone."""
+"""Looks in a row that may find files gone, and tries of a seam."""
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +67,10 @@ class Front:
         self._context = copy_context()  # logs say whose work it is
         self._plan: Plan | None = None
         self._seams: dict[int, Future[KeptSeam]] = {}
+        self._failed: Counter[int] = Counter()
+        """How often a seam could not be made."""
         self._news, self._over, self._aborted = threading.Event(), threading.Event(), threading.Event()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a seam that is made at once is told while it is begun
         self._pool = ThreadPoolExecutor(seam_workers(), thread_name_prefix="seam")
         self._thread = threading.Thread(target=self._run, name="front", daemon=True)
         self._stack = ExitStack()
@@ -97,8 +101,12 @@ class Front:
 
     def settle(self, tick: Callable[[], None]) -> None:
         """With all segments finished: wait for the seams.  ``tick`` is called meanwhile, and may raise."""
-        self._start_seams()
-        while wait(self._seams.values(), timeout=TICK_SECONDS).not_done:
+        while True:
+            self._start_seams()
+            with self._lock:
+                seams = list(self._seams.values())
+            if not wait(seams, timeout=TICK_SECONDS).not_done:
+                return
             tick()
 
     def finish(self, plan: Plan) -> None:
@@ -170,11 +178,17 @@ class Front:
                 self._seams[number] = self._pool.submit(
                     self._context.copy().run, keep_seam, joint, self._job.seams, self._timed
                 )
-                self._seams[number].add_done_callback(self._seam_is_made)
+                self._seams[number].add_done_callback(partial(self._seam_is_made, number))
 
-    def _seam_is_made(self, seam: Future[KeptSeam]) -> None:
+    def _seam_is_made(self, number: int, seam: Future[KeptSeam]) -> None:
         if not seam.cancelled() and (error := seam.exception()):
-            log.warning("a seam will be made again at the end: %s", error, extra={"job": self._job.name})
+            with self._lock:
+                self._failed[number] += 1
+                again = self._failed[number] < TRIES
+                if again:  # mostly the window that it read has just become a segment
+                    del self._seams[number]
+            when = "at the next news" if again else "at the end"
+            log.warning("a seam will be made again %s: %s", when, error, extra={"job": self._job.name})
         self._news.set()
 
     def _show(self) -> None:

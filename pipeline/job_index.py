@@ -43,7 +43,7 @@ class JobIndex:
     """All jobs of a service, behind one URL; safe for many processes at once."""
 
     def __init__(self, url: str) -> None:
-        self._engine = sa.create_engine(url)
+        self._engine = sa.create_engine(url, pool_pre_ping=True)  # a server may have been started anew
         if self.in_a_file:
             _make_sqlite_dependable(self._engine)
         with self._engine.begin() as db:
@@ -194,7 +194,7 @@ class JobIndex:
         return self.get(job)
 
     def again(self, job: str, task: Mapping[str, Any], states: Sequence[JobState]) -> Job:
-        """Queue a job that is over once more, to do ``task``.
+        """Queue a job that is over once more, to do ``task``, which is marked with ``again`` for its runner.
 
         Raises ``JobNotFound``, ``JobConflict`` when it is in none of ``states``.
         """
@@ -205,7 +205,8 @@ class JobIndex:
                 .values(
                     state="queued",
                     stage="queued",
-                    task=dict(task),
+                    task={**task, "again": True},
+                    attempt=0,
                     started=None,
                     finished=None,
                     expires=None,
@@ -366,10 +367,19 @@ class JobIndex:
         with self._engine.begin() as db:
             return self._end(db, _held(job, runner), job, state, **values)
 
-    def requeue(self, job: str, runner: str) -> None:
-        """Put a job back that its runner holds but can't go on with (it is being stopped)."""
+    def correct(self, job: str, result: Mapping[str, Any]) -> None:
+        """Replace the result of a cancelled job by what is on the disk."""
         with self._engine.begin() as db:
-            self._back(db, _held(job, runner), job)
+            cancelled = (JOBS.c.id == job) & (JOBS.c.state == "cancelled")
+            db.execute(JOBS.update().where(cancelled).values(result=dict(result)))
+
+    def requeue(self, job: str, runner: str, *, counts: bool = False) -> None:
+        """Put a job back that its runner holds but can't go on with (it is being stopped, GPUs are gone).
+
+        The attempt is taken back, unless it ``counts``.
+        """
+        with self._engine.begin() as db:
+            self._back(db, _held(job, runner), job, **({} if counts else {"attempt": JOBS.c.attempt - 1}))
 
     def recover(self) -> list[str]:
         """Queue the jobs again whose runner is dead; their ids."""
@@ -438,8 +448,8 @@ class JobIndex:
         with self._read() as db:
             return int(db.execute(query).scalar() or 0)
 
-    def _back(self, db: sa.Connection, which: sa.ColumnElement[bool], job: str) -> bool:
-        values = {"state": "queued", "stage": "queued", "runner": None, "lease_until": None}
+    def _back(self, db: sa.Connection, which: sa.ColumnElement[bool], job: str, **values: Any) -> bool:
+        values |= {"state": "queued", "stage": "queued", "runner": None, "lease_until": None}
         done = db.execute(JOBS.update().where(which).values(values))
         if done.rowcount:
             _tell(db, job, "status", {"state": "queued", "reason": "its runner ended"})

@@ -98,9 +98,9 @@ class Job:
     extra: dict[str, Any]
     """What only the job's API, its webhook or its upload need to know."""
     task: dict[str, Any]
-    """What is to be done: ``{"kind": "render"}``, or a redo."""
+    """What is to be done: ``{"kind": "render"}``, or a redo; with ``again`` where the job was over before."""
     attempt: int
-    """How often a runner has taken it."""
+    """How often a runner has taken it for this, without those that have put it back themselves."""
     stage: str
     progress: float
     """0 to 100, by windows."""

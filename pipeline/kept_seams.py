@@ -12,6 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
+import threading
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -55,12 +57,20 @@ class KeptSeam:
     report: SeamReport
 
 
+def seam_workers() -> int:
+    """Seams that a process makes at a time: one for each core, at most 4 (300 MB each at 480p)."""
+    return min(os.cpu_count() or 1, 4)
+
+
+_MAKING = threading.BoundedSemaphore(seam_workers())
+"""A runner and a batch have many jobs in work at once, and each of them has its workers."""
+
 Timed = Callable[[int], AbstractContextManager[None]]
 """Within it the seam of this number is made."""
 
 
 def keep_seam(joint: Joint, folder: Path, timed: Timed = lambda _: nullcontext()) -> KeptSeam:
-    """Make a seam, or find it where it was made before.  300 MB at 480p while it is made.
+    """Make a seam, or find it where it was made before; waits while ``seam_workers`` others are being made.
 
     Raises ``MediaError``, ``StorageError``.
     """
@@ -71,7 +81,7 @@ def keep_seam(joint: Joint, folder: Path, timed: Timed = lambda _: nullcontext()
     known = _known(path, notes, joint.frames)
     if known is not None:
         return known
-    with timed(joint.number):
+    with _MAKING, timed(joint.number):
         return _make(joint, path, notes)
 
 

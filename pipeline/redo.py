@@ -12,14 +12,14 @@ import logging
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.checkpoints import KeptWindows
 from pipeline.dispatch import Held, Renderers, render_all
-from pipeline.errors import InvalidRequest, MediaError
+from pipeline.errors import InvalidRequest, JobCancelled, MediaError
 from pipeline.front import Front, Joining
 from pipeline.job import JobDirectory, finished, storage_errors
 from pipeline.messages import SegmentProgress, SegmentTask
@@ -125,7 +125,8 @@ def redo(
         chosen = False
         try:
             _render(job, plan, index, new, task_for, open_renderers, max_attempts, on_progress)
-            on_progress(JobProgress(job.name, "joining", 0, _states(plan, {})))
+            joining = JobProgress(job.name, "joining", 0, _states(plan, {}))
+            on_progress(joining)
             folders = [new if part.index == index else job.segment(part.index) for part in plan.segments]
             video = job.work / "again.mp4"
             track: Future[tuple[Path, int]] = Future()
@@ -142,7 +143,9 @@ def redo(
                 seam=request.seam,
                 speech=speech,
                 seams=job.seams,
+                tick=lambda: on_progress(joining),
             )
+            on_progress(joining)  # the last moment to stop: from here on the new take may count
             touched = [k for k in (index - 1, index) if 0 <= k < len(reports)]
             changes = tuple(SeamChange(k, reports[k], after[k]) for k in touched)
             done = Redone(index, seed, "new", changes, str(result["video_path"]))
@@ -169,7 +172,8 @@ def redo(
             now,
             extra={"job": job.name, "segment": index},
         )
-        on_progress(JobProgress(job.name, "finished", 0, _states(plan, {})))
+        with suppress(JobCancelled):  # too late
+            on_progress(JobProgress(job.name, "finished", 0, _states(plan, {})))
         return done
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -33,6 +34,7 @@ from pipeline.safe_fetch import (
     receive,
     shown,
     too_large,
+    too_slow,
 )
 
 SCHEMES = ("http", "https", "s3")
@@ -67,8 +69,10 @@ def s3_place(url: str) -> tuple[str, str]:
     return parts.netloc, unquote(parts.path.strip("/"))
 
 
-def open_bucket(name: str, endpoint: str = "", **keys: Any) -> S3Store:
+def open_bucket(name: str, endpoint: str = "", seconds: float = 3600, **keys: Any) -> S3Store:
     """A bucket on ``endpoint`` (empty: Amazon's); ``keys`` are obstore's, else the usual AWS_* variables.
+
+    One transfer may take ``seconds``.
 
     Raises ``ConfigurationError`` for an endpoint that is none, ``BaseError`` for settings that don't fit.
     """
@@ -82,7 +86,7 @@ def open_bucket(name: str, endpoint: str = "", **keys: Any) -> S3Store:
             "allow_http": endpoint.startswith("http://"),
             "connect_timeout": timedelta(seconds=CONNECT_SECONDS),
             "read_timeout": timedelta(minutes=2),
-            "timeout": timedelta(hours=1),  # of a whole body; the default breaks large ones off after 30 s
+            "timeout": timedelta(seconds=seconds),  # of a whole body; the default is 30 s
         },
         retry_config={"max_retries": ATTEMPTS - 1, "retry_timeout": timedelta(seconds=60)},
         **keys,
@@ -144,15 +148,18 @@ def in_words(error: Exception) -> str:
 
 
 def _from_bucket(url: str, file: Path, field: str, limits: FetchLimits, stop: threading.Event) -> None:
+    deadline = time.monotonic() + limits.seconds
     try:
         bucket, key = s3_place(url)
-        found = obstore.get(open_bucket(bucket, endpoint_of()), key)
+        found = obstore.get(open_bucket(bucket, endpoint_of(), limits.seconds), key)
         if found.meta["size"] > limits.max_bytes:
             raise too_large(field, limits)
         with file.open("wb") as target:
             for chunk in found.stream(CHUNK):
                 if stop.is_set():
                     raise JobCancelled(field)
+                if time.monotonic() > deadline:
+                    raise too_slow(field, limits)
                 target.write(chunk)
     except (NotFoundError, FileNotFoundError):
         raise InvalidRequest(field, f"there is no {shown(url)}") from None

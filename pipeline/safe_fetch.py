@@ -89,7 +89,7 @@ def receive(
             if stop.is_set():
                 raise JobCancelled(field)
             if time.monotonic() > deadline:
-                raise InvalidRequest(field, f"not fetched within {limits.seconds:g} s")
+                raise too_slow(field, limits)
             target.write(chunk)
         if length.isdecimal() and received < int(length):
             raise requests.exceptions.ChunkedEncodingError("the transfer broke off")
@@ -124,11 +124,20 @@ def check_address(address: str, host: str, allowed: Sequence[str]) -> None:
         with contextlib.suppress(ValueError):
             if ip in ipaddress.ip_network(entry, strict=False):
                 return
-    if not ip.is_global or ip.is_multicast or ip in _NAT64:
+    if not ip.is_global or ip.is_multicast or any(ip in network for network in _NOT_PUBLIC):
         raise AddressRefused(f"{host} ({address}) is not a public address")
 
 
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_NOT_PUBLIC = tuple(
+    ipaddress.ip_network(network)
+    for network in (
+        "64:ff9b::/96",  # NAT64: any IPv4 address may be behind these two (RFC 6052, RFC 8215)
+        "64:ff9b:1::/48",
+        "::/96",  # IPv4-compatible, given up (RFC 4291)
+        "fec0::/10",  # site-local, given up (RFC 3879)
+    )
+)
+"""Python calls some of them global."""
 
 
 class AddressRefused(ValueError):
@@ -199,3 +208,8 @@ def shown(url: str) -> str:
 def too_large(field: str, limits: FetchLimits) -> InvalidRequest:
     """The error for a file beyond the limit."""
     return InvalidRequest(field, f"larger than the {limits.max_bytes >> 20} MiB that are fetched")
+
+
+def too_slow(field: str, limits: FetchLimits) -> InvalidRequest:
+    """The error for a file that did not come in time."""
+    return InvalidRequest(field, f"not fetched within {limits.seconds:g} s")

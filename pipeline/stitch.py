@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,7 @@ import numpy.typing as npt
 from pipeline import ffmpeg, seam_metrics
 from pipeline.errors import MediaError, StorageError
 from pipeline.frames import check_video, stream_header
-from pipeline.kept_seams import Joint, KeptSeam, keep_seam
+from pipeline.kept_seams import Joint, KeptSeam, keep_seam, seam_workers
 from pipeline.plan import Plan
 from pipeline.seam import WARM_UP, Method, SeamReport
 from pipeline.segment_files import SegmentFiles
@@ -37,7 +36,6 @@ def stitch(
     work: Path,
     *,
     warm_up: int = WARM_UP,
-    workers: int | None = None,
     fps: int = FPS,
     shown: int | None = None,
     seam: Method = "morph",
@@ -48,7 +46,6 @@ def stitch(
     """Join ``segments`` in the plan's overlaps, add the ``track`` (of ``sound.make_track``), write an mp4.
 
     ``target`` appears when its frames were counted by decoding.  ``work`` gets a temporary directory.
-    ``workers`` seams are made at a time, by default ``seam_workers``.
     ``seam`` says how; ``speech`` are the speakers' prepared tracks: seams look for a pause in all of them.
     Those that are in the folder ``seams`` already are taken from there, the others are kept there.
     At another rate than 25 ``fps`` the result has ``shown`` frames and is encoded once more.
@@ -61,7 +58,7 @@ def stitch(
         with tempfile.TemporaryDirectory(prefix="stitch-", dir=work) as name:
             folder = Path(name)
             all_joints = joints(plan, segments, seam, speech, warm_up)
-            made = _seams(all_joints, seams or folder, workers or seam_workers())
+            made = _seams(all_joints, seams or folder)
             parts = video_parts(segments, made)
             _join(parts, track, partial, folder, fps, shown)
             seen, count = seam_metrics.ClipMoves(), itertools.count()
@@ -81,11 +78,6 @@ def stitch(
     return reports if fps != FPS else _in_clip(reports, seen, all_joints)
 
 
-def seam_workers() -> int:
-    """Seams that are made at a time: one for each core, at most 4 (300 MB each at 480p)."""
-    return min(os.cpu_count() or 1, 4)
-
-
 def joints(
     plan: Plan,
     segments: Sequence[SegmentFiles],
@@ -103,8 +95,8 @@ def joints(
     ]
 
 
-def _seams(wanted: Sequence[Joint], folder: Path, workers: int) -> dict[int, KeptSeam]:
-    with ThreadPoolExecutor(workers, thread_name_prefix="seam") as pool:
+def _seams(wanted: Sequence[Joint], folder: Path) -> dict[int, KeptSeam]:
+    with ThreadPoolExecutor(seam_workers(), thread_name_prefix="seam") as pool:
         made = {joint.number: pool.submit(keep_seam, joint, folder) for joint in wanted}
         try:
             return {number: seam.result() for number, seam in made.items()}

@@ -18,7 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from standardwebhooks import Webhook as Signer
 from urllib3.exceptions import HTTPError
 
-from pipeline.errors import JobNotFound
+from pipeline.errors import JobNotFound, PipelineError
 from pipeline.job_records import Job, Webhook
 from pipeline.job_store import JobStore
 from pipeline.runpod_words import status_body
@@ -76,15 +76,18 @@ class WebhookSender:
 
     def _post(self, job: Job, webhook: Webhook) -> str | None:
         """None when it arrived, else what went wrong."""
-        body = json.dumps(self._message(job))
         now = datetime.now(UTC)
         headers = {
             "Content-Type": "application/json",
             "webhook-id": webhook.id,
             "webhook-timestamp": str(int(now.timestamp())),
         }
-        if secret := self._store.settings.webhook_secret:
-            headers["webhook-signature"] = signer(secret).sign(webhook.id, now.replace(tzinfo=None), body)
+        try:
+            body = json.dumps(self._message(job))
+            if secret := self._store.settings.webhook_secret:
+                headers["webhook-signature"] = signer(secret).sign(webhook.id, now.replace(tzinfo=None), body)
+        except (PipelineError, OSError, ValueError) as error:  # its video is gone; a secret that is none
+            return f"there is no message: {error}"
         try:
             with (
                 checked_session(self._store.settings.allowed) as session,

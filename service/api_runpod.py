@@ -312,7 +312,9 @@ def health(endpoint: str, request: Request, store: Store, owner: Owner) -> dict[
     """Jobs by state, and GPUs as workers."""
     counts = store.index.counts("runpod")
     state = request.app.state.backend.state()
-    running = min(1, store.index.counts()["in_progress"]) * state["gpus"]
+    pool = request.app.state.backend.pool() if state["gpus"] else None
+    lanes = [] if pool is None else pool["lanes"]
+    running = min(state["gpus"], sum(lane["state"] == "busy" for lane in lanes))
     return {
         "jobs": {
             "completed": counts["completed"],

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import io
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Request, Response
@@ -23,8 +23,11 @@ from service.tokens import Tokens, link_end
 router = APIRouter(prefix="/v1/jobs/{job}", tags=["watching"])
 
 HLS = "application/vnd.apple.mpegurl"
-_DRAWING = threading.Semaphore(1)
-"""One picture at a time: drawing decodes video, and the machine has engines to feed."""
+_DRAWING = ThreadPoolExecutor(1, thread_name_prefix="drawing")
+"""One picture at a time: drawing decodes video, and the machine has engines to feed.
+
+A thread of its own: who waits for a picture holds none of those that answer everything else.
+"""
 
 
 @router.get(
@@ -92,9 +95,8 @@ async def read_seams(job: LinkedJob, store: Store) -> Response:
 
     def draw() -> bytes:
         content = io.BytesIO()
-        with _DRAWING:
-            draw_seams(video, seams, (job.result or {}).get("fps", 25)).save(content, "PNG")
+        draw_seams(video, seams, (job.result or {}).get("fps", 25)).save(content, "PNG")
         return content.getvalue()
 
-    content = await asyncio.to_thread(draw)
+    content = await asyncio.get_running_loop().run_in_executor(_DRAWING, draw)
     return Response(content, media_type="image/png", headers={"Cache-Control": "private, max-age=3600"})

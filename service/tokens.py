@@ -18,6 +18,8 @@ from pipeline.service_settings import ServiceSettings
 from service.errors import Refused
 
 LINK_SECONDS = 6 * 3600
+UNTIL_DIGITS = 12
+"""Python refuses to read numbers of thousands of digits."""
 LOCAL = "local"
 """The owner of what is asked without tokens, from this machine."""
 
@@ -115,10 +117,10 @@ def owner_of(request: Request) -> str:
 def owner_or_link(request: Request) -> str | None:
     """Like ``owner_of``, or None where the path itself is signed and still valid."""
     tokens: Tokens = request.app.state.tokens
-    sig, until = request.query_params.get("sig"), request.query_params.get("until", "")
-    if sig and until.isdecimal() and tokens.secrets:
-        expected = tokens.signature(request.url.path, int(until))
-        if hmac.compare_digest(expected.encode(), sig.encode()) and int(until) > time.time():
+    sig, until = request.query_params.get("sig"), _until(request)
+    if sig and until is not None and tokens.secrets:
+        expected = tokens.signature(request.url.path, until)
+        if hmac.compare_digest(expected.encode(), sig.encode()) and until > time.time():
             return None
         raise Refused(403, "forbidden", "this link is over, or was changed; ask for a new one")
     return owner_of(request)
@@ -130,7 +132,13 @@ def link_end(request: Request) -> int:
     As long as its own link, where it came by one (that ``owner_or_link`` let pass); else 6 to 12 hours, equal
     for all requests of 6 hours: a playlist that is asked for again shall not change.
     """
-    until = request.query_params.get("until", "")
-    if request.query_params.get("sig") and until.isdecimal():
-        return int(until)
+    until = _until(request)
+    if request.query_params.get("sig") and until is not None:
+        return until
     return (int(time.time()) // LINK_SECONDS + 2) * LINK_SECONDS
+
+
+def _until(request: Request) -> int | None:
+    """The end of a link, in seconds since 1970; None where there is none, or what is there is no such."""
+    text = request.query_params.get("until", "")
+    return int(text) if text.isdecimal() and len(text) <= UNTIL_DIGITS else None

@@ -32,6 +32,7 @@ from tests.s3_server import KEY, SECRET, running_s3
 
 SpeechOf = Callable[[int], Path]
 ProcessesWith = Callable[[str], list[int]]
+SPEECH = str(ROOT / "examples" / "speech.wav")
 SMALL = {"width": 64, "height": 64}
 LONG = 900
 """Frames of a job that takes some seconds after its first window."""
@@ -379,3 +380,13 @@ def test_a_folder_knows_what_is_its_own(tmp_path: Path) -> None:
     ours = [str(folder.path), str(folder.path / "more"), "s3://b/talks/a.mp4"]
     others = [str(tmp_path), f"{folder.path}-2/a.mp4", "s3://b/talks-2/a.mp4"]
     assert [folder.holds(place) for place in (*ours, *others)] == [True] * 3 + [False] * 3
+
+
+def test_jobs_on_their_way_to_a_bucket_are_this_users_alone(tmp_path: Path) -> None:
+    """The folder in the scratch folder, whose path others can guess: refused where they may enter it."""
+    folder = tmp_path / f"infinitetalk-batches-{os.getuid()}"
+    folder.mkdir()
+    path = manifest(tmp_path, {"image": str(ROOT / "examples" / "portrait.png"), "audio": SPEECH})
+    code, told, _ = ended_batch(path, "--out", "s3://b/talks", INFINITETALK_SCRATCH_DIR=str(tmp_path))
+    assert (code, told["error"], str(folder) in told["message"]) == (3, "ConfigurationError", True)
+    assert list(folder.iterdir()) == []

@@ -6,7 +6,9 @@ import logging
 import shutil
 import threading
 import time
-from concurrent.futures import Future
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,10 @@ import pytest
 from pipeline.errors import JobCancelled
 from pipeline.front import Front, Joining, Track
 from pipeline.job import JobDirectory
+from pipeline.kept_seams import keep_seam, seam_workers
 from pipeline.segment_files import SegmentFiles, SegmentWriter, join_windows
 from pipeline.sound import encode_track
-from pipeline.stitch import stitch
+from pipeline.stitch import joints, stitch
 from pipeline.stream import PLAYLIST
 from tests.test_stitch import HEIGHT, THREE, WIDTH, clicks, picture, plan_of, planes, save
 from tests.test_stream import listed
@@ -152,3 +155,45 @@ def test_a_cancelled_job_ends_its_front(job: JobDirectory, track: Future[Track])
         cancelled()  # where the seams were faster
     assert not threads()
     assert not job.stream.exists() or not listed(job.stream)[1]
+
+
+def test_a_seam_whose_window_goes_is_made_again(job: JobDirectory, track: Future[Track]) -> None:
+    """The window that it reads becomes a segment at that moment: the stream goes on all the same."""
+    finish_segment(job, 0)
+    finish_window(job, 1)
+    begun: list[int] = []
+
+    @contextmanager
+    def timed(number: int) -> Iterator[None]:
+        begun.append(number)
+        if len(begun) == 1:
+            finish_segment(job, 1)
+        yield
+
+    with Front(job, JOINING, track, timed) as front:
+        front.follow(PLAN)
+        until(job, (34 + 26 + 14, False))  # all of segment 1's body, of which the window has 10
+    assert begun == [0, 0]
+
+
+def test_a_process_makes_few_seams_at_a_time(job: JobDirectory, tmp_path: Path) -> None:
+    """However many jobs join theirs at once."""
+    finish_segment(job, 0)
+    finish_segment(job, 1)
+    files = [SegmentFiles.in_folder(job.segment(index)) for index in range(2)]
+    (joint,) = joints(plan_of(THREE[:2]), files, "cut", ())
+    now, most, lock = [0], [0], threading.Lock()
+
+    @contextmanager
+    def counted(_: int) -> Iterator[None]:
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        yield
+        with lock:
+            now[0] -= 1
+
+    with ThreadPoolExecutor(8) as threads:
+        made = list(threads.map(lambda n: keep_seam(joint, tmp_path / f"{n}", counted), range(8)))
+    assert all(seam.path.exists() for seam in made)
+    assert 1 <= most[0] <= seam_workers()

@@ -198,3 +198,34 @@ def test_a_job_is_on_disk_when_it_is_accepted(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent)
     assert done.returncode == -9
     assert JobIndex(url).get("kept").state == "queued"
+
+
+def test_only_lost_runners_count(index: JobIndex) -> None:
+    """An attempt is taken back by who puts the job back; a retry or a redo begins at none."""
+    job = index.add(new(), 10)[0].id
+    for counts, attempt in ((False, 1), (False, 1), (True, 1), (False, 2)):
+        taken = index.claim("a")
+        assert taken is not None
+        assert taken.attempt == attempt
+        index.requeue(job, "a", counts=counts)
+    index.claim("a")
+    index.finish(job, "a", "completed", result={"frames": 1}, size=10)
+    index.again(job, {"kind": "redo", "segment": 0}, ["completed"])
+    taken = index.claim("b")
+    assert taken is not None
+    assert (taken.attempt, taken.task) == (1, {"kind": "redo", "segment": 0, "again": True})
+
+
+def test_a_redo_that_was_cancelled_too_late_is_told(index: JobIndex) -> None:
+    """Its video is the new one, so its result is, too; a job that is not cancelled is let alone."""
+    job = index.add(new(), 10)[0].id
+    index.claim("a")
+    index.correct(job, {"frames": 2})
+    assert index.get(job).result is None
+    index.finish(job, "a", "completed", result={"frames": 1})
+    index.again(job, {"kind": "redo", "segment": 0}, ["completed"])
+    index.claim("b")
+    index.cancel(job)
+    assert not index.finish(job, "b", "completed", result={"frames": 2})
+    index.correct(job, {"frames": 2})
+    assert (index.get(job).state, index.get(job).result) == ("cancelled", {"frames": 2})

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from pipeline.engine import RunningEngine, choose_engine, running_engine
-from pipeline.errors import GraphError, InvalidRequest
+from pipeline.errors import GraphError, InvalidRequest, JobCancelled
 from pipeline.frames import check_video, read_frames
 from pipeline.job import JobDirectory
 from pipeline.plan import Plan, Segment
@@ -236,3 +236,24 @@ def test_excess_of_one_is_the_limit_of_good() -> None:
 
 def vars_of(report: SeamReport) -> dict[str, Any]:
     return {name: getattr(report, name) for name in SeamReport.__slots__}
+
+
+def test_a_cancel_comes_in_time_or_changes_nothing(engine: RunningEngine, job: JobDirectory) -> None:
+    """While the new video's frames are counted it stops the redo; when the new take counts, it is late."""
+    before, joining = contents(job.path.parent), []
+
+    def cancelled(progress: JobProgress) -> None:
+        joining.append(progress.stage == "joining")
+        if sum(joining) == 2:  # the first one is told before the joining
+            raise JobCancelled("job")
+
+    with pytest.raises(JobCancelled):
+        again(job, engine, segment=1, on_progress=cancelled)
+    left = contents(job.path.parent)
+    assert {name: left[name] for name in before} == before
+
+    def late(progress: JobProgress) -> None:
+        if progress.stage == "finished":
+            raise JobCancelled("job")
+
+    assert again(job, engine, segment=1, on_progress=late).kept == "new"

@@ -97,6 +97,14 @@ def test_files_go_to_a_bucket_and_come_from_it(tmp_path: Path, monkeypatch: pyte
             download("s3://b/nothing", tmp_path / "no", "audio", LIMITS, threading.Event())
         with pytest.raises(InvalidRequest, match="larger than"):
             download("s3://b/deep/a%20b.wav", tmp_path / "no", "audio", FetchLimits(9, 9), threading.Event())
+        with pytest.raises(InvalidRequest, match=r"not fetched within|can't be fetched"):
+            download(
+                "s3://b/deep/a%20b.wav",
+                tmp_path / "no",
+                "audio",
+                FetchLimits(1 << 20, 1e-3),
+                threading.Event(),
+            )
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
         with pytest.raises(StorageError, match="s3://b/x"):
             upload(tmp_path / "file", "s3://b/x", "audio/wav")

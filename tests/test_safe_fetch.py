@@ -84,7 +84,8 @@ def test_this_machine_is_out_of_reach(site: ThreadingHTTPServer, tmp_path: Path,
 @pytest.mark.parametrize(
     "ip",
     ["10.0.0.1", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "224.0.0.1", "::1", "fe80::1",
-     "fd00::1", "::ffff:10.0.0.1", "64:ff9b::a00:1", "2002:a00:1::", "0.0.0.0"],
+     "fd00::1", "::ffff:10.0.0.1", "64:ff9b::a00:1", "2002:a00:1::", "0.0.0.0",
+     "64:ff9b:1::a00:1", "fec0::1", "::a00:1"],
 )  # fmt: skip
 def test_private_ranges_are_refused(ip: str) -> None:
     """Private, link-local, metadata, carrier, multicast, and IPv4 hidden in IPv6."""

@@ -9,15 +9,23 @@ import sys
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import requests
 
+from pipeline import ffmpeg
+from pipeline.frame_writer import FrameWriter
+from pipeline.job_records import NewJob
+from pipeline.job_store import JobStore
 from pipeline.job_timeline import JobTimeline, Span
+from pipeline.seam import SeamReport
+from pipeline.service_settings import ServiceSettings
 from tests.conftest import ROOT
 from tests.free_ports import free_port
 
@@ -241,6 +249,7 @@ def test_tokens_have_names_and_jobs_owners(tmp_path: Path) -> None:
         assert ask(f"/v1/jobs/{job}", "bearer secret-of-anna").status_code == 200
         assert ask(f"/v1/jobs/{job}", "secret-of-bert").status_code == 404
         assert ask("/health", None).status_code == 200
+        assert ask(f"/v1/jobs/{job}/video?sig=0&until={'9' * 5000}", None).status_code == 401
 
 
 def test_nobody_hears_a_traceback(app: App) -> None:
@@ -302,3 +311,33 @@ def test_the_timeline_of_a_job(app: App) -> None:
     picture = requests.get(f"{url}/timeline.svg", timeout=10)
     assert picture.headers["Content-Type"].startswith("image/svg+xml")
     assert "queued" in "".join(ET.fromstring(picture.text).itertext())
+
+
+def test_pictures_hold_up_nothing_else(app: App) -> None:
+    """Many ask for a job's seams at once: a job is taken before they all are drawn."""
+    store = JobStore(ServiceSettings(data_dir=app.data))
+    job = store.index.add(NewJob("v1", "local", {}, {}, "f", priority=100), 1000)[0].id
+    store.job(job).mkdir()
+    with FrameWriter(store.video(job), 640, 480, ffmpeg.FINAL) as writer:
+        for shade in range(100):
+            writer.write(np.full((480, 640, 3), shade, np.uint8))
+    seams = [
+        asdict(SeamReport(frame, 12, "morph", *[1.0] * 7, 0.0, 0.1, None, "good")) for frame in (20, 50, 70)
+    ]
+    assert store.index.claim("r") is not None
+    store.index.finish(job, "r", "completed", result={"fps": 25, "seams": seams})
+    with ThreadPoolExecutor(16) as threads:
+        address = f"{app.url}/v1/jobs/{job}/seams.png"
+        drawn = [threads.submit(requests.get, address, timeout=60) for _ in range(16)]
+        wait(drawn, return_when=FIRST_COMPLETED)
+        assert app.submit().status_code == 202
+        assert sum(picture.done() for picture in drawn) < 10
+        assert {picture.result().status_code for picture in drawn} == {200}
+    store.delete(job)
+    store.index.close()
+
+
+def test_runpods_health_counts_the_gpus_that_work(app: App) -> None:
+    """By the pool, whatever jobs there are."""
+    workers = requests.get(f"{app.url}/v2/x/health", timeout=10).json()["workers"]
+    assert (workers["ready"], workers["running"], workers["idle"]) == (2, 1, 1)

@@ -113,3 +113,18 @@ def test_a_webhook_may_not_reach_private_addresses(tmp_path: Path, receiver: Thr
     sender.stop()
     assert receiver.received.empty()  # type: ignore[attr-defined]
     store.index.close()
+
+
+def test_a_message_that_is_none_stops_no_other(store: JobStore, receiver: ThreadingHTTPServer) -> None:
+    """A completed job of RunPod's API whose video is gone: given up after its tries, the next is told."""
+    url = f"http://127.0.0.1:{receiver.server_port}/hook"
+    lost = store.index.add(NewJob("runpod", "me", {}, {}, "f", extra={"webhook": url}), 10)[0].id
+    store.index.claim("r")
+    told = {"success": True, "gpu_count": 1, "segments_processed": 1, "message": ""}
+    store.index.finish(lost, "r", "completed", result=told)
+    sender = WebhookSender(store, pauses=())
+    other = finished_job(store, url)
+    _, body = receiver.received.get(timeout=20)  # type: ignore[attr-defined]
+    sender.stop()
+    assert json.loads(body)["data"]["id"] == other
+    assert store.index.due_webhook(0.0) is None

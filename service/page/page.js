@@ -82,11 +82,17 @@ async function open(id) {
   unload();
   listening?.abort();
   listening = new AbortController();
+  const { signal } = listening; // another job may be opened while this one is fetched
   $("job").hidden = false;
   $("log").replaceChildren();
-  await show(id);
+  try {
+    await show(id);
+  } catch (error) {
+    if (!signal.aborted) $("summary").textContent = `${error.message}; trying again`;
+  }
+  if (signal.aborted) return;
   $("job-title").focus();
-  follow(id, listening.signal);
+  follow(id, signal);
 }
 
 async function show(id) {
