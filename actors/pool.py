@@ -296,6 +296,8 @@ class GpuPool:
         """How the pool is, and all renderers whose engine answers, by lane; who asks will want them soon."""
         await self._resumed.wait()
         self._used = time.monotonic()
+        if not self._slots:
+            self._let_go.clear()
         speeds = self._relative_speeds()
         ready = sorted((slot for slot in self._slots.values() if slot.ready), key=lambda slot: slot.lane)
         infos = [replace(slot.info, speed=speeds[slot.lane]) for slot in ready if slot.info is not None]
@@ -608,6 +610,7 @@ class GpuPool:
             if slot.renderer is renderer:
                 slot.info, slot.error, slot.starts_failed, slot.worked = info, None, 0, True
                 slot.host = info.node
+                slot.changed = time.monotonic()
                 self._grant()
         for job in self._jobs.values():
             job.news.set()  # who waits hears that something has changed
@@ -686,7 +689,7 @@ class GpuPool:
             late = now - self._settings.idle_seconds
             most = max(0, len(self._slots) - self._work)
             scales = self._settings.max_gpus and not any(warm for _, warm, _ in self._backlogs.values())
-            idle = [slot for slot in idle if slot.changed < late][:most] if scales else []
+            idle = [slot for slot in idle if slot.ready and slot.changed < late][:most] if scales else []
         for slot in idle:
             slot.leaving = True
             self._start_task(self._dismiss(slot))
