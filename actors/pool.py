@@ -831,4 +831,6 @@ def _read_speeds(path: Path) -> dict[str, float]:
 
 
 # One that is killed is started again, and finds its renderers.  Each job has two or three calls that wait.
-PoolActor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=100_000)(GpuPool)
+PoolActor: Any = ray.remote(  # type: ignore[call-overload]  # Ray's stubs lack max_concurrency
+    num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=100_000
+)(GpuPool)

@@ -76,7 +76,7 @@ def break_service(folder: Path) -> list[Measured]:
             before = windows_rendered(cluster)
             job, watch = _begun(service, cluster)
             killed = time.monotonic()
-            break_it()
+            break_it()  # type: ignore[no-untyped-call]
             found.append(_outcome(fault, cluster, service, job, watch, killed, before))
         return found
 
@@ -181,7 +181,7 @@ class TwoNetworks(Cluster):
     def __init__(self, folder: Path) -> None:
         # Addresses of their own: Ray need not be kept to loopback, nobody else is on this cable.
         real = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1", "RAY_gcs_rpc_server_reconnect_timeout_s": "15"}
-        super().__init__(folder, **real)
+        super().__init__(folder, **real)  # type: ignore[arg-type]
         tag = self.mark[:6]
         self.home, self.far = f"home-{tag}", f"far-{tag}"
         self._cables = (f"vh{tag}", f"vf{tag}")

@@ -221,7 +221,7 @@ def garbage(cluster: Cluster) -> Measured:
 def _misbehave(cluster: Cluster, fault: str, **env: str) -> Measured:
     before = windows_rendered(cluster)
     args = f"--draft-window-seconds 0.5 --draft-fault {fault}@4"
-    job = submit(cluster, speech(cluster.folder), fault, draft_args=args, **env)
+    job = submit(cluster, speech(cluster.folder), fault, draft_args=args, **env)  # type: ignore[arg-type]
     job.until_windows(2)
     killed = time.monotonic()
     job.finish()
@@ -282,7 +282,7 @@ CASES: dict[str, Callable[[Cluster], Measured]] = {
 @contextmanager
 def cluster_of(folder: Path, head_env: Mapping[str, str] | None = None, **env: str) -> Iterator[Cluster]:
     """A head and two nodes with two GPUs each; afterwards nothing of it is left."""
-    cluster = Cluster(folder, head_env=head_env, **env)
+    cluster = Cluster(folder, head_env=head_env, **env)  # type: ignore[arg-type]
     try:
         yield cluster.start()
     finally:

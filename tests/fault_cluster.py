@@ -7,6 +7,7 @@ by that, never by a name alone.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -157,7 +158,7 @@ class Cluster:
         """This process as a driver of the cluster, to look at its pool."""
         saved = {name: os.environ.get(name) for name in RAY_ENV}
         os.environ.update(RAY_ENV)
-        ray.init(address=self.address, log_to_driver=False, logging_level="ERROR")
+        ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR)
         try:
             yield PoolLook()
         finally:
@@ -195,10 +196,9 @@ class PoolLook:
         """``GpuPool.status``; nothing where there is no pool."""
         try:
             pool = ray.get_actor(f"pool-{code_mark()}", NAMESPACE)
-            found: dict[str, Any] = ray.get(pool.status.remote(), timeout=10)
+            return dict(ray.get(pool.status.remote(), timeout=10))
         except (ValueError, ray.exceptions.RayError):
             return {"lanes": [], "jobs": []}
-        return found
 
     def holders(self) -> set[str]:
         """Jobs that have lanes."""
