@@ -160,3 +160,30 @@ def test_boxes_are_drawn_in_pixels_of_the_picture(page: Page, speech_of: Callabl
     assert abs(x1 - size[0] / 2) <= 2
     page.get_by_role("button", name="Clear boxes").click()
     assert page.get_by_label("Speaker 1", exact=True).input_value() == ""
+
+
+def test_one_job_is_followed_at_a_time(page: Page, speech_of: Callable[[int], Path]) -> None:
+    """Clicks that are faster than the server: only the last one's job is listened to."""
+    fill(page, speech_of(1200))
+    for _ in range(2):
+        with page.expect_response("**/v1/jobs") as made:
+            page.get_by_role("button", name="Make the video").click()
+        row = page.locator("#jobs button").first
+        expect(row.locator("code")).to_have_text(made.value.json()["id"][:8], timeout=WAIT)
+        expect(row).to_contain_text("rendering", timeout=WAIT)
+    open_now: set[str] = set()
+    page.on("request", lambda asked: open_now.add(asked.url) if asked.url.endswith("/events") else None)
+    for end in ("requestfinished", "requestfailed"):
+        page.on(end, lambda asked: open_now.discard(asked.url))
+    names = page.locator("#jobs button code").all_inner_texts()[:2]
+    page.evaluate("""() => {
+        const rows = [...document.querySelectorAll("#jobs button")].slice(0, 2);
+        for (const row of [rows[0], rows[1], rows[0], rows[1]]) row.click();
+    }""")
+    expect(page.locator("#job-title")).to_have_text(f"Job {names[1]}")
+    page.wait_for_timeout(1000)  # for listeners that should not be
+    assert [url.split("/")[-2][:8] for url in open_now] == [names[1]]
+    for number in (0, 1):
+        page.locator("#jobs button").nth(number).click()
+        page.locator("#cancel").click()
+        expect(page.locator("#summary")).to_have_text("cancelled")

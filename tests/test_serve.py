@@ -148,13 +148,15 @@ def test_the_runpod_sdk_runs_unmodified(
     assert (output["segments_processed"], output["gpu_count"]) == (1, 1)
     synced = endpoint.run_sync({**given, "network_volume": True}, timeout=60)
     check_video(Path(synced["video_path"]), 30)
-    long = endpoint.run({**given, "wav_base64": base64.b64encode(speech_of(900).read_bytes()).decode()})
+    longer = {**given, "wav_base64": base64.b64encode(speech_of(900).read_bytes()).decode()}
+    long = endpoint.run(longer)
     service.until(long.job_id, lambda found: found["state"] == "in_progress")
-    waiting = endpoint.run(given)
     assert endpoint.health()["jobs"]["completed"] >= 2
-    assert endpoint.purge_queue() == {"removed": 1, "status": "completed"}
-    assert waiting.status() == "CANCELLED"
-    assert long.cancel()["status"] == "CANCELLED"
+    others = [endpoint.run(longer) for _ in range(8)]  # the runner takes six jobs at a time
+    removed = endpoint.purge_queue()["removed"]
+    assert removed >= 3
+    assert [job.status() for job in others].count("CANCELLED") == removed
+    assert {job.cancel()["status"] for job in (long, *others)} == {"CANCELLED"}
     assert list(long.stream()) is not None
     with pytest.raises(RuntimeError, match="401"):
         runpod.api_key = "wrong-token"
@@ -284,7 +286,11 @@ def test_cancelling_frees_the_engines_within_two_seconds(
     after = service.submit(20, speech_of)
     assert service.until_over(after)["state"] == "completed"
     assert service.post(f"/v1/jobs/{long}/retry").json()["state"] == "queued"
+    # Cancelled and taken up at once: the thread that still ends must not take this claim for its own.
+    service.until(long, lambda job: job["stage"] == "rendering" and job["detail"]["windows_done"] > 0)
     service.post(f"/v1/jobs/{long}/cancel")
+    assert service.post(f"/v1/jobs/{long}/retry").json()["state"] == "queued"
+    assert service.until_over(long)["state"] == "completed"
 
 
 def test_cancel_works_in_every_other_state(
@@ -313,7 +319,6 @@ def test_cancel_works_in_every_other_state(
         told = service.job(job)
         assert (told["state"], told["result"]) == ("cancelled", None)
         assert service.get(f"/v1/jobs/{job}/video").status_code == 409
-    assert service.job(waiting)["attempt"] == 0
     assert not any(in_work(engine) for engine in engines_of(service, processes_with))
 
 
