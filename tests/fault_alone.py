@@ -226,7 +226,7 @@ def cut_off(folder: Path) -> list[Measured]:
         cluster.connect()
         cluster.start()
         home, _ = cluster._where("head")
-        job = submit(cluster, speech(folder), "cut", prefix=home)
+        job = submit(cluster, speech(folder), "cut", prefix=home, draft_args=SLOW)
         job.until_windows(3)
         far: Node = cluster.nodes[1]
         until(lambda: bool(engines(f"TEST_NODE={far.mark}")), 60)
