@@ -186,7 +186,7 @@ class GpuPool:
         self._leases = itertools.count(self._first_lease)
         self._let_go: set[tuple[str, int]] = set()
         """Places without an engine because there was no work for one."""
-        self._retired = self._closed = False
+        self._retired = self._closed = self._saw_gpus = False
         self._used = self._looked = time.monotonic()
         self._asked_for: int | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -515,7 +515,8 @@ class GpuPool:
             )
             for index in range(int(resources.get("GPU", 0)))
         ]
-        on_cpu = not places and runs_on_cpu(self._settings)
+        self._saw_gpus |= bool(places)
+        on_cpu = not self._saw_gpus and runs_on_cpu(self._settings)
         if on_cpu:
             head = next((node for node, has in alive.items() if "node:__internal_head__" in has), None)
             places = [] if head is None else [(head, index) for index in range(CPU_LANES)]
@@ -817,4 +818,6 @@ def _read_speeds(path: Path) -> dict[str, float]:
 
 
 # One that is killed is started again, and finds its renderers.  Each job has two or three calls that wait.
-PoolActor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=100_000)(GpuPool)
+PoolActor: Any = ray.remote(  # type: ignore[call-overload]
+    num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=100_000
+)(GpuPool)

@@ -68,11 +68,12 @@ def break_service(folder: Path) -> list[Measured]:
             cluster.add_node(2)
 
         found = []
-        for fault, break_it in (
-            ("runner", lambda: kill("ray::JobRunner")),
-            ("replica", lambda: kill("ray::ServeReplica")),
-            ("all nodes with GPUs", lose_nodes),
-        ):
+        faults: dict[str, Callable[[], None]] = {
+            "runner": lambda: kill("ray::JobRunner"),
+            "replica": lambda: kill("ray::ServeReplica"),
+            "all nodes with GPUs": lose_nodes,
+        }
+        for fault, break_it in faults.items():
             before = windows_rendered(cluster)
             job, watch = _begun(service, cluster)
             killed = time.monotonic()
@@ -83,7 +84,7 @@ def break_service(folder: Path) -> list[Measured]:
 
 def lose_head(folder: Path) -> list[Measured]:
     """kill -9 of all of the head, with all that Ray knew: the nodes end; on a new cluster the job goes on."""
-    with cluster_of(folder, RAY_gcs_rpc_server_reconnect_timeout_s="5") as cluster:
+    with cluster_of(folder, {"RAY_gcs_rpc_server_reconnect_timeout_s": "5"}) as cluster:
 
         def start_again() -> None:
             nodes = cluster.nodes
@@ -181,7 +182,7 @@ class TwoNetworks(Cluster):
     def __init__(self, folder: Path) -> None:
         # Addresses of their own: Ray need not be kept to loopback, nobody else is on this cable.
         real = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1", "RAY_gcs_rpc_server_reconnect_timeout_s": "15"}
-        super().__init__(folder, **real)
+        super().__init__(folder, env=real)
         tag = self.mark[:6]
         self.home, self.far = f"home-{tag}", f"far-{tag}"
         self._cables = (f"vh{tag}", f"vf{tag}")

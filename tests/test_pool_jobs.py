@@ -256,7 +256,7 @@ def test_two_processes_share_a_pool_that_outlives_them(
             speech(cluster.folder, 300),
             name,
             draft_args="--draft-window-seconds 0.3",
-            INFINITETALK_IDLE_SECONDS="4",
+            env={"INFINITETALK_IDLE_SECONDS": "4"},
         )
         for name in ("left", "right")
     ]
