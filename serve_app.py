@@ -7,6 +7,7 @@ Settings are read from the environment of the process that serves (README).
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 import threading
@@ -26,7 +27,7 @@ from actors.pool_look import pool_status
 from pipeline.errors import ConfigurationError
 from pipeline.logs import write_json_logs
 from pipeline.service_settings import ServiceSettings
-from pipeline.settings import Settings
+from pipeline.settings import PREFIX, Settings
 from service.app import create_app
 from service.tokens import Tokens, is_loopback
 
@@ -85,6 +86,13 @@ class Api:
 app = Api.bind()  # type: ignore[attr-defined]
 
 
+def _with_our_settings() -> Any:
+    """The application with this process's settings: on a cluster, replicas have their node's environment."""
+    ours = {name: value for name, value in os.environ.items() if name.startswith(PREFIX)}
+    options = {**(Api.ray_actor_options or {}), "runtime_env": {"env_vars": ours}}  # type: ignore[attr-defined]
+    return Api.options(ray_actor_options=options).bind()  # type: ignore[attr-defined]
+
+
 def serve_until_stopped(host: str, port: int, gpus: int | None) -> int:
     """Start or join Ray, serve on ``host:port``, and on SIGINT or SIGTERM put everything down in order.
 
@@ -102,7 +110,7 @@ def serve_until_stopped(host: str, port: int, gpus: int | None) -> int:
             signal.signal(number, lambda *_: stop.set())
         http = {"host": host, "port": port}
         serve.start(proxy_location="HeadOnly", http_options=http, logging_config=LOGGING)
-        serve.run(app, name="infinitetalk")
+        serve.run(_with_our_settings(), name="infinitetalk")
         print(f"serving on http://{host}:{port}, jobs in {service.data}", flush=True)  # noqa: T201
         print(f"metrics on {', '.join(metrics_pages())}", flush=True)  # noqa: T201
         stop.wait()

@@ -192,7 +192,7 @@ class GpuPool:
         self._leases = itertools.count(self._first_lease)
         self._let_go: set[tuple[str, int]] = set()
         """Places without an engine because there was no work for one."""
-        self._retired = self._closed = False
+        self._retired = self._closed = self._saw_gpus = False
         self._used = self._looked = time.monotonic()
         self._asked_for: int | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -523,7 +523,8 @@ class GpuPool:
             )
             for index in range(int(resources.get("GPU", 0)))
         ]
-        on_cpu = not places and runs_on_cpu(self._settings)
+        self._saw_gpus |= bool(places)
+        on_cpu = not self._saw_gpus and runs_on_cpu(self._settings)
         if on_cpu:
             head = next((node for node, has in alive.items() if "node:__internal_head__" in has), None)
             places = [] if head is None else [(head, index) for index in range(CPU_LANES)]

@@ -68,22 +68,23 @@ def break_service(folder: Path) -> list[Measured]:
             cluster.add_node(2)
 
         found = []
-        for fault, break_it in (
-            ("runner", lambda: kill("ray::JobRunner")),
-            ("replica", lambda: kill("ray::ServeReplica")),
-            ("all nodes with GPUs", lose_nodes),
-        ):
+        faults: dict[str, Callable[[], None]] = {
+            "runner": lambda: kill("ray::JobRunner"),
+            "replica": lambda: kill("ray::ServeReplica"),
+            "all nodes with GPUs": lose_nodes,
+        }
+        for fault, break_it in faults.items():
             before = windows_rendered(cluster)
             job, watch = _begun(service, cluster)
             killed = time.monotonic()
-            break_it()  # type: ignore[no-untyped-call]
+            break_it()
             found.append(_outcome(fault, cluster, service, job, watch, killed, before))
         return found
 
 
 def lose_head(folder: Path) -> list[Measured]:
     """kill -9 of all of the head, with all that Ray knew: the nodes end; on a new cluster the job goes on."""
-    with cluster_of(folder, RAY_gcs_rpc_server_reconnect_timeout_s="5") as cluster:
+    with cluster_of(folder, {"RAY_gcs_rpc_server_reconnect_timeout_s": "5"}) as cluster:
 
         def start_again() -> None:
             nodes = cluster.nodes
@@ -181,7 +182,7 @@ class TwoNetworks(Cluster):
     def __init__(self, folder: Path) -> None:
         # Addresses of their own: Ray need not be kept to loopback, nobody else is on this cable.
         real = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1", "RAY_gcs_rpc_server_reconnect_timeout_s": "15"}
-        super().__init__(folder, **real)  # type: ignore[arg-type]
+        super().__init__(folder, env=real)
         tag = self.mark[:6]
         self.home, self.far = f"home-{tag}", f"far-{tag}"
         self._cables = (f"vh{tag}", f"vf{tag}")
@@ -226,7 +227,7 @@ def cut_off(folder: Path) -> list[Measured]:
         cluster.connect()
         cluster.start()
         home, _ = cluster._where("head")
-        job = submit(cluster, speech(folder), "cut", prefix=home)
+        job = submit(cluster, speech(folder), "cut", prefix=home, draft_args=SLOW)
         job.until_windows(3)
         far: Node = cluster.nodes[1]
         until(lambda: bool(engines(f"TEST_NODE={far.mark}")), 60)

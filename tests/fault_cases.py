@@ -210,7 +210,7 @@ def kill_pool(cluster: Cluster) -> Measured:
 
 def hang(cluster: Cluster) -> Measured:
     """Engines that accept a window and never finish it: found by the lack of progress, and replaced."""
-    return _misbehave(cluster, "hang", INFINITETALK_STALLED_SECONDS="4")
+    return _misbehave(cluster, "hang", {"INFINITETALK_STALLED_SECONDS": "4"})
 
 
 def garbage(cluster: Cluster) -> Measured:
@@ -218,10 +218,10 @@ def garbage(cluster: Cluster) -> Measured:
     return _misbehave(cluster, "garbage")
 
 
-def _misbehave(cluster: Cluster, fault: str, **env: str) -> Measured:
+def _misbehave(cluster: Cluster, fault: str, env: Mapping[str, str] | None = None) -> Measured:
     before = windows_rendered(cluster)
     args = f"--draft-window-seconds 0.5 --draft-fault {fault}@4"
-    job = submit(cluster, speech(cluster.folder), fault, draft_args=args, **env)  # type: ignore[arg-type]
+    job = submit(cluster, speech(cluster.folder), fault, draft_args=args, env=env)
     job.until_windows(2)
     killed = time.monotonic()
     job.finish()
@@ -280,9 +280,11 @@ CASES: dict[str, Callable[[Cluster], Measured]] = {
 
 
 @contextmanager
-def cluster_of(folder: Path, head_env: Mapping[str, str] | None = None, **env: str) -> Iterator[Cluster]:
+def cluster_of(
+    folder: Path, env: Mapping[str, str] | None = None, head_env: Mapping[str, str] | None = None
+) -> Iterator[Cluster]:
     """A head and two nodes with two GPUs each; afterwards nothing of it is left."""
-    cluster = Cluster(folder, head_env=head_env, **env)  # type: ignore[arg-type]
+    cluster = Cluster(folder, env=env, head_env=head_env)
     try:
         yield cluster.start()
     finally:

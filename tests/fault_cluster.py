@@ -27,7 +27,7 @@ from typing import Any
 import ray
 
 from actors.pool import NAMESPACE
-from actors.pool_client import code_mark
+from actors.pool_client import pool_name
 from tests.free_ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,15 +76,15 @@ class Cluster:
         self,
         folder: Path,
         gpus: Sequence[int] = (2, 2),
+        env: Mapping[str, str] | None = None,
         head_env: Mapping[str, str] | None = None,
-        **env: str,
     ) -> None:
         self.mark = uuid.uuid4().hex
         self.folder = folder
         self.scratch = folder / "scratch"
         self.scratch.mkdir(parents=True, exist_ok=True)
         self._temp = Path(tempfile.mkdtemp(prefix="rf-"))  # short: the paths of sockets are limited
-        self._env, self._head_env = env, head_env or {}
+        self._env, self._head_env = env or {}, head_env or {}
         self.ray: tuple[str, ...] = (sys.executable, "-m", "tests.ray_on_loopback")
         self._port = free_port()
         self.address = f"127.0.0.1:{self._port}"
@@ -194,11 +194,11 @@ class PoolLook:
 
     def status(self) -> dict[str, Any]:
         """``GpuPool.status``; nothing where there is no pool."""
-        try:
-            pool = ray.get_actor(f"pool-{code_mark()}", NAMESPACE)
-            return dict(ray.get(pool.status.remote(), timeout=10))
-        except (ValueError, ray.exceptions.RayError):
-            return {"lanes": [], "jobs": []}
+        found: dict[str, Any] = {"lanes": [], "jobs": []}
+        with suppress(ValueError, ray.exceptions.RayError):
+            pool: Any = ray.get_actor(pool_name(), NAMESPACE)
+            found = dict(ray.get(pool.status.remote(), timeout=10))
+        return found
 
     def holders(self) -> set[str]:
         """Jobs that have lanes."""
@@ -284,7 +284,7 @@ def submit(
     draft_args: str = "--draft-window-seconds 0.5",
     folder: Path | None = None,
     prefix: Sequence[str] = (),
-    **env: str,
+    env: Mapping[str, str] | None = None,
 ) -> Job:
     """Start a job with the bundled portrait at 64x64; the same name is the same job."""
     place = cluster.folder / name
@@ -306,7 +306,7 @@ def submit(
         process = subprocess.Popen(
             [str(word) for word in command],
             cwd=ROOT,
-            env=cluster.environment(**{**settings, **env}),
+            env=cluster.environment(**{**settings, **(env or {})}),
             stdout=out,
             stderr=out,
         )
