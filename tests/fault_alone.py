@@ -62,6 +62,9 @@ def break_service(folder: Path) -> list[Measured]:
 
         def lose_nodes() -> None:
             for node in cluster.nodes:
+                node.kill("raylet/raylet")
+            until(lambda: not engines(f"TEST_MARK={cluster.mark}"), 30)
+            for node in cluster.nodes:
                 node.kill()
             cluster.nodes.clear()
             until(lambda: service.job(job)["state"] == "queued", 60)
@@ -88,7 +91,10 @@ def lose_head(folder: Path) -> list[Measured]:
 
         def start_again() -> None:
             nodes = cluster.nodes
-            until(lambda: not any(node.pids("raylet/raylet") or node.pids("ray::R") for node in nodes), 60)
+            until(
+                lambda: not any(node.pids("raylet/raylet") or node.pids("ray::Renderer") for node in nodes),
+                60,
+            )
             assert not engines(f"TEST_MARK={cluster.mark}")
             for node in nodes:
                 node.kill()
