@@ -106,6 +106,8 @@ class Cluster:
 
     def start_head(self) -> Node:
         """The head; a second one goes to the first one's address."""
+        # Ray takes a second head on one machine for a mistake, as long as nodes of the first one are there.
+        (self._temp / "ray_current_cluster").unlink(missing_ok=True)
         self.head = self._ray_start("head", 0, **self._head_env)
         self._wait_started(self.head)
         return self.head
@@ -171,6 +173,10 @@ class Cluster:
 
     def stop(self) -> list[str]:
         """Kill all nodes; the command lines of what did not end with them."""
+        for node in self.nodes:
+            node.kill("raylet/raylet")
+        with suppress(TimeoutError):  # guards live on to end their engines, and to remove their folders
+            until(lambda: not engines(f"TEST_MARK={self.mark}"), LEFT_SECONDS)
         for node in [*self.nodes, self.head]:
             node.kill()
         mine = f"TEST_MARK={self.mark}"

@@ -79,7 +79,9 @@ class Service:
 
 
 @contextmanager
-def running_service(data: Path, mark: str, log: Path, **settings: str) -> Iterator[Service]:
+def running_service(
+    data: Path, mark: str, log: Path, *, at: int | None = None, **settings: str
+) -> Iterator[Service]:
     """Start, wait until engines answer, and end with SIGTERM (or what is left of it with SIGKILL)."""
     port, metrics = free_port(), free_port()
     env = {
@@ -92,6 +94,7 @@ def running_service(data: Path, mark: str, log: Path, **settings: str) -> Iterat
         "TEST_MARK": mark,
         **settings,
     }
+    port = at or port
     command = [sys.executable, "-m", "infinitetalk", "serve", "--port", str(port)]
     with log.open("ab") as out:
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=out, start_new_session=True)
