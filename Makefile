@@ -7,7 +7,7 @@ WORKERS ?= 3
 # Pins of everything that the pinned packages bring along.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check bench test-comfyui programs clean
+.PHONY: demo test check bench test-comfyui test-faults programs clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -43,6 +43,10 @@ bench: .venv/dev
 # A real ComfyUI on the CPU with tiny random weights: make test-comfyui COMFYUI_DIR=... [COMFYUI_PYTHON=...]
 test-comfyui: .venv/dev
 	COMFYUI_DIR="$(COMFYUI_DIR)" COMFYUI_PYTHON="$(COMFYUI_PYTHON)" $(BIN)/pytest -m comfyui tests
+
+# Faults that need a cluster of their own: the head (with Redis: Debian's redis-server), a network cut in two (root).
+test-faults: .venv/dev
+	TEST_FAULTS=1 $(BIN)/pytest tests/test_faults.py
 
 clean:
 	rm -rf .venv out build *.egg-info

@@ -119,6 +119,7 @@ class JobRunner:
                     self._stop.wait(IDLE_SECONDS)
                 else:
                     self._begin(store, job, holder, claimed)
+                    self._next_look = 0.0  # it is the pool that counts it now: it no longer waits outside
         except BaseException:
             log.exception("the runner ends; Ray starts another one")
             os._exit(1)  # a thread's end alone would leave an actor that does nothing

@@ -101,12 +101,16 @@ class Front:
 
     def settle(self, tick: Callable[[], None]) -> None:
         """With all segments finished: wait for the seams.  ``tick`` is called meanwhile, and may raise."""
+        assert self._plan is not None
+        wanted = sum(frames > 0 for frames in self._plan.overlaps)
         while True:
             self._start_seams()
             with self._lock:
                 seams = list(self._seams.values())
-            if not wait(seams, timeout=TICK_SECONDS).not_done:
-                return
+            left = wait(seams, timeout=TICK_SECONDS).not_done
+            with self._lock:  # one that failed is begun again: nobody else may make it meanwhile
+                if not left and len(self._seams) == wanted and all(seam.done() for seam in seams):
+                    return
             tick()
 
     def finish(self, plan: Plan) -> None:

@@ -33,20 +33,27 @@ from tests.render_command import SIZE, Command, ProcessesWith, SpeechOf, Talk
 SHARED = ROOT.parent / "shared"
 collect_ignore = ["comfyui_nodes"]  # for ComfyUI, not for pytest
 
-LEFT_OUT = pytest.StashKey[int]()
+LEFT_OUT = pytest.StashKey[dict[str, int]]()
+OPTED_IN = {"comfyui": bool(CHECKOUT), "faults": bool(os.environ.get("TEST_FAULTS"))}
+"""Markers of tests that run only where somebody asks for them."""
+REASONS = {
+    "comfyui": "no real ComfyUI given: make test-comfyui COMFYUI_DIR=...",
+    "faults": "each takes minutes with a cluster of its own: make test-faults",
+}
 LONGEST = (
     *("test_crashes", "test_end_to_end", "test_serve", "test_refusals"),
-    *("test_pool", "test_modes", "test_page", "test_cluster"),
+    *("test_faults", "test_pool_jobs", "test_pool", "test_modes", "test_page", "test_cluster"),
 )
 """Files that parallel runs begin with: one that takes minutes must not be the last."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what needs a real ComfyUI where none is given."""
-    if not CHECKOUT:
-        left_out = [item for item in items if item.get_closest_marker("comfyui")]
-        items[:] = [item for item in items if not item.get_closest_marker("comfyui")]
-        config.stash[LEFT_OUT] = len(left_out)
+    """Leave out what nobody has asked for: what needs a real ComfyUI, what takes very long."""
+    config.stash[LEFT_OUT] = {}
+    for marker in [name for name, wanted in OPTED_IN.items() if not wanted]:
+        left_out = [item for item in items if item.get_closest_marker(marker)]
+        items[:] = [item for item in items if not item.get_closest_marker(marker)]
+        config.stash[LEFT_OUT][marker] = len(left_out)
         config.hook.pytest_deselected(items=left_out)
     if hasattr(config, "workerinput"):  # one of several processes (pytest-xdist)
         places = {name: place for place, name in enumerate(LONGEST)}
@@ -56,20 +63,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A worker tells the process that prints what it left out."""
     if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["left_out"] = session.config.stash.get(LEFT_OUT, 0)
+        session.config.workeroutput["left_out"] = session.config.stash.get(LEFT_OUT, {})
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """Every worker collects, and leaves out, the same tests: they count once."""
-    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", 0)
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", {})
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Say so, in one line: a line for each such test would hide the other ones."""
-    if left_out := config.stash.get(LEFT_OUT, 0):
-        reason = f"SKIPPED {left_out} tests: no real ComfyUI given: make test-comfyui COMFYUI_DIR=..."
-        terminalreporter.write_line(reason, yellow=True)
+    """Say so, in a line for each reason: a line for each such test would hide the other ones."""
+    for marker, left_out in config.stash.get(LEFT_OUT, {}).items():
+        if left_out:
+            terminalreporter.write_line(f"SKIPPED {left_out} tests: {REASONS[marker]}", yellow=True)
 
 
 @pytest.fixture(scope="session")

@@ -29,6 +29,7 @@ def test_a_fault_costs_a_window_and_no_job(cluster: Cluster, fault: str) -> None
     print(CASES[fault](cluster))
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("fault", ALONE)
 def test_a_head_or_a_network_that_breaks_loses_nothing(tmp_path: Path, fault: str) -> None:
     """The head comes back with or without its state, a node is cut off: the job goes on with what is kept."""
