@@ -355,8 +355,8 @@ class LeasedRenderers:
         """Finished windows of the segment in work on a lane; none where its renderer does not answer."""
         with self._lock:
             loan = self._held.get(lane)
-            if loan is None or lane not in self._work:
-                return ()
+            if loan is None or lane not in self._work or loan.lease in self._asked:
+                return ()  # one that does not tell its progress would hold up the others' windows
         try:
             found: Sequence[WindowCheckpoint] = ray.get(
                 loan.renderer.windows.remote(loan.lease.number, segment, first), timeout=WINDOWS_SECONDS

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.fault_cases import FRAMES, SLOW, SPARE, Measured, after_loss, cluster_of, measured, speech
+from tests.fault_cases import FRAMES, SLOW, SPARE, Measured, cluster_of, held_up, measured, speech
 from tests.fault_cluster import (
     Cluster,
     Node,
@@ -63,7 +63,7 @@ def break_service(folder: Path) -> list[Measured]:
         def lose_nodes() -> None:
             for node in cluster.nodes:
                 node.kill("raylet/raylet")
-            until(lambda: not engines(f"TEST_MARK={cluster.mark}"), 30)
+            cluster.wait_for_guards()
             for node in cluster.nodes:
                 node.kill()
             cluster.nodes.clear()
@@ -248,9 +248,8 @@ def cut_off(folder: Path) -> list[Measured]:
         until(lambda: bool(engines(f"TEST_NODE={far.mark}")), 60)
         killed = time.monotonic()
         cluster.cable("down")
-        recovered = after_loss(job, killed)
         job.finish()
-        rendered = windows_rendered(cluster)
+        recovered, rendered = held_up(job, killed), windows_rendered(cluster)
         # The node that is cut off finishes what it has in work; nobody hears of it.
         result = measured("partition", job, killed, recovered, rendered, spare=2 * 5)
         cluster.cable("up")

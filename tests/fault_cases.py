@@ -15,7 +15,7 @@ import time
 import wave
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -91,12 +91,18 @@ def measured(
     return Measured(fault, recovered, job.ended - killed, sum(windows), twice, lost)
 
 
-def after_loss(job: Job, killed: float) -> float:
-    """Seconds until the first segment that lost its renderer goes on."""
-    until(lambda: bool(job.lost), 60)
-    segment = job.lost[0]
-    until(lambda: any(index == segment and at > killed for at, index, _ in job.seen), 60)
-    return job.next_window(killed, segment) - killed
+def held_up(job: Job, killed: float) -> float:
+    """The job is over: the longest time that a segment hit by the fault went without a new window since then.
+
+    Hit: it lost its renderer, or somebody else took it over because it did not go on.
+    """
+    hit = {*job.lost, *job.twins}
+    assert hit, job.said()
+    gaps = []
+    for segment in hit:
+        times = [killed, *sorted(at for at, index, _ in job.seen if index == segment and at > killed)]
+        gaps += [later - earlier for earlier, later in itertools.pairwise(times)]
+    return max(gaps)
 
 
 def kill_engine(cluster: Cluster) -> Measured:
@@ -107,10 +113,9 @@ def kill_engine(cluster: Cluster) -> Measured:
     pid, base = busy_engine(cluster)
     killed = time.monotonic()
     os.kill(pid, signal.SIGKILL)
-    recovered = after_loss(job, killed)
     until(lambda: not base.exists(), 15)
     job.finish()
-    return measured("engine", job, killed, recovered, windows_rendered(cluster) - before)
+    return measured("engine", job, killed, held_up(job, killed), windows_rendered(cluster) - before)
 
 
 def kill_renderer(cluster: Cluster) -> Measured:
@@ -124,10 +129,9 @@ def kill_renderer(cluster: Cluster) -> Measured:
     pid = owner_of(engine)
     killed = time.monotonic()
     os.kill(pid, signal.SIGKILL)
-    recovered = after_loss(job, killed)
     until(lambda: sum(base.exists() for base in known.values()) < len(known), 15)
     job.finish()
-    return measured("renderer", job, killed, recovered, windows_rendered(cluster) - before)
+    return measured("renderer", job, killed, held_up(job, killed), windows_rendered(cluster) - before)
 
 
 def kill_node(cluster: Cluster) -> Measured:
@@ -140,10 +144,9 @@ def kill_node(cluster: Cluster) -> Measured:
     try:
         (raylet,) = node.pids("raylet/raylet")
         os.kill(raylet, signal.SIGKILL)
-        recovered = after_loss(job, killed)
         until(lambda: not node.pids("ray::Renderer") and not engines(f"TEST_NODE={node.mark}"), 30)
         job.finish()
-        return measured("node", job, killed, recovered, windows_rendered(cluster) - before)
+        return measured("node", job, killed, held_up(job, killed), windows_rendered(cluster) - before)
     finally:
         node.kill()
         cluster.nodes.remove(node)
@@ -225,10 +228,7 @@ def _misbehave(cluster: Cluster, fault: str, env: Mapping[str, str] | None = Non
     job.until_windows(2)
     killed = time.monotonic()
     job.finish()
-    result = measured(fault, job, killed, None, windows_rendered(cluster) - before)
-    times = sorted(at for at, index, _ in job.seen if index == job.lost[0])
-    longest = max(later - earlier for earlier, later in itertools.pairwise(times))
-    return replace(result, recovered=longest)  # from the last window before the fault to the one after it
+    return measured(fault, job, killed, held_up(job, killed), windows_rendered(cluster) - before)
 
 
 def fill_disk(cluster: Cluster) -> Measured:

@@ -171,12 +171,16 @@ class Cluster:
                 else:
                     os.environ[name] = value
 
+    def wait_for_guards(self) -> None:
+        """Guards live on to end their engines, and to remove their folders."""
+        until(lambda: not processes(f"TEST_MARK={self.mark}", "process_guard"), LEFT_SECONDS)
+
     def stop(self) -> list[str]:
         """Kill all nodes; the command lines of what did not end with them."""
         for node in self.nodes:
             node.kill("raylet/raylet")
-        with suppress(TimeoutError):  # guards live on to end their engines, and to remove their folders
-            until(lambda: not engines(f"TEST_MARK={self.mark}"), LEFT_SECONDS)
+        with suppress(TimeoutError):
+            self.wait_for_guards()
         for node in [*self.nodes, self.head]:
             node.kill()
         mine = f"TEST_MARK={self.mark}"
