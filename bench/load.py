@@ -58,7 +58,7 @@ def main() -> None:
             "INFINITETALK_DRAFT_ARGS": "--draft-window-seconds 0",
             "INFINITETALK_SERVE_MAX_QUEUED": str(options.max_queued),
         }
-        with running_service(folder / "data", uuid.uuid4().hex, log, **settings) as service:
+        with running_service(folder / "data", uuid.uuid4().hex, log, **settings) as service:  # type: ignore[arg-type]
             found = asyncio.run(_load(service, options))
     print(json.dumps(found, indent=1) if options.json else _table(found))
 
