@@ -206,7 +206,8 @@ class PoolLook:
         """``GpuPool.status``; nothing where there is no pool."""
         found: dict[str, Any] = {"lanes": [], "jobs": []}
         with suppress(ValueError, ray.exceptions.RayError):
-            found = ray.get(ray.get_actor(pool_name(), NAMESPACE).status.remote(), timeout=10)
+            pool: Any = ray.get_actor(pool_name(), NAMESPACE)
+            found.update(ray.get(pool.status.remote(), timeout=10))
         return found
 
     def holders(self) -> set[str]:

@@ -278,3 +278,12 @@ def test_the_openapi_document_holds(app: App, tmp_path: Path) -> None:
     ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=170, check=False)
     assert done.returncode == 0, done.stdout[-6000:]
+
+
+def test_the_pool_is_shown_to_who_has_a_token(tmp_path: Path) -> None:
+    """GPUs with node, device and state, and how many jobs there are; whose they are is nobody's business."""
+    with running_app(tmp_path, "--tokens", "anna:secret") as app:
+        assert requests.get(f"{app.url}/v1/pool", timeout=10).status_code == 401
+        answer = requests.get(f"{app.url}/v1/pool", headers={"Authorization": "Bearer secret"}, timeout=10)
+        gpu = {"gpu": 0, "node": "here", "device": "a GPU", "state": "busy"}
+        assert answer.json() == {"gpus": [gpu], "jobs": 1}
