@@ -46,7 +46,7 @@ test-comfyui: .venv/dev
 
 # Faults that need a cluster of their own: the head (with Redis: Debian's redis-server), a network cut in two (root).
 test-faults: .venv/dev
-	TEST_FAULTS=1 $(BIN)/pytest tests/test_faults.py
+	TEST_FAULTS=1 $(BIN)/pytest tests/test_faults.py tests/test_faults_alone.py
 
 clean:
 	rm -rf .venv out build *.egg-info

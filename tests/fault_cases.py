@@ -195,15 +195,17 @@ def stop_driver(cluster: Cluster) -> Measured:
 def kill_pool(cluster: Cluster) -> Measured:
     """kill -9 of the pool: segments in work go on; the next pool takes the renderers over."""
     before = windows_rendered(cluster)
-    job = submit(cluster, speech(cluster.folder), "pool")
+    job = submit(cluster, speech(cluster.folder), "pool", draft_args=SLOW)
     job.until_windows(3)
     mine = f"TEST_MARK={cluster.mark}"
     known = set(engines(mine))
-    (pid,) = processes(mine, "ray::GpuPool")
-    killed = time.monotonic()
-    os.kill(pid, signal.SIGKILL)
     with cluster.connected() as pool:
-        until(lambda: bool(pool.holders()) or job.process.poll() is not None, 60)
+        assert pool.holders()
+        (pid,) = processes(mine, "ray::GpuPool")
+        killed = time.monotonic()
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: not pool.states(), 10)
+        until(lambda: bool(pool.states()), 60)
         recovered = time.monotonic() - killed
     job.finish()
     assert set(engines(mine)) == known, "engines were started anew"

@@ -207,7 +207,7 @@ class PoolLook:
         found: dict[str, Any] = {"lanes": [], "jobs": []}
         with suppress(ValueError, ray.exceptions.RayError):
             pool: Any = ray.get_actor(pool_name(), NAMESPACE)
-            found = dict(ray.get(pool.status.remote(), timeout=10))
+            found.update(ray.get(pool.status.remote(), timeout=10))
         return found
 
     def holders(self) -> set[str]:

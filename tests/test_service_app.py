@@ -341,3 +341,12 @@ def test_runpods_health_counts_the_gpus_that_work(app: App) -> None:
     """By the pool, whatever jobs there are."""
     workers = requests.get(f"{app.url}/v2/x/health", timeout=10).json()["workers"]
     assert (workers["ready"], workers["running"], workers["idle"]) == (2, 1, 1)
+
+
+def test_the_pool_is_shown_to_who_has_a_token(tmp_path: Path) -> None:
+    """GPUs with node, device and state, and how many jobs there are; whose they are is nobody's business."""
+    with running_app(tmp_path, "--tokens", "anna:secret") as app:
+        assert requests.get(f"{app.url}/v1/pool", timeout=10).status_code == 401
+        answer = requests.get(f"{app.url}/v1/pool", headers={"Authorization": "Bearer secret"}, timeout=10)
+        gpu = {"gpu": 0, "node": "here", "device": "a GPU", "state": "busy"}
+        assert answer.json() == {"gpus": [gpu], "jobs": 1}
