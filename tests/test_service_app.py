@@ -282,8 +282,10 @@ def test_the_openapi_document_holds(app: App, tmp_path: Path) -> None:
 
 def test_the_pool_is_shown_to_who_has_a_token(tmp_path: Path) -> None:
     """GPUs with node, device and state, and how many jobs there are; whose they are is nobody's business."""
-    with running_app(tmp_path, "--tokens", "anna:secret") as app:
+    with running_app(tmp_path, "--tokens", "anna:secret-of-anna") as app:
         assert requests.get(f"{app.url}/v1/pool", timeout=10).status_code == 401
-        answer = requests.get(f"{app.url}/v1/pool", headers={"Authorization": "Bearer secret"}, timeout=10)
+        answer = requests.get(
+            f"{app.url}/v1/pool", headers={"Authorization": "Bearer secret-of-anna"}, timeout=10
+        )
         gpu = {"gpu": 0, "node": "here", "device": "a GPU", "state": "busy"}
         assert answer.json() == {"gpus": [gpu], "jobs": 1}
