@@ -324,9 +324,12 @@ def submit(
 
 
 def windows_rendered(cluster: Cluster) -> int:
-    """Prompts that the cluster's engines have ended, all in all: one for each window."""
-    logs = cluster.scratch.glob("infinitetalk-logs-*/engine-*.log")
-    return sum(log.read_text(errors="replace").count("Prompt executed in") for log in logs)
+    """Prompts that the cluster's engines have finished, all in all: one for each window."""
+    logs = [
+        log.read_text(errors="replace") for log in cluster.scratch.glob("infinitetalk-logs-*/engine-*.log")
+    ]
+    ended = sum(log.count("Prompt executed in") for log in logs)
+    return ended - sum(log.count("Processing interrupted") for log in logs)
 
 
 def command_line(pid: int) -> str:

@@ -145,6 +145,7 @@ class _Run:
                         node_id, {n: cache[keys[n]] for n in sources(self._item.graph[node_id])}
                     )
                 except Interrupted:
+                    log.info("Processing interrupted")
                     self._stopped("execution_interrupted", node_id, everybody=True)
                     return
                 except Exception as exc:  # noqa: BLE001 - a node may raise anything; the prompt fails, not the engine
