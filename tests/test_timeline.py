@@ -155,7 +155,7 @@ def test_every_start_of_a_job_is_recorded(job: JobDirectory) -> None:
     for start in (0, 1):
         kinds = {span.kind for span in timeline.spans if span.start == start}
         assert {"preparing", "starting", "segment", "window"} <= kinds
-    assert [span.number for span in timeline.spans if span.kind == "seam"] == [0, 1]
+    assert {span.number for span in timeline.spans if span.kind == "seam"} == {0, 1}  # one may be tried twice
     (joining,) = (span for span in timeline.spans if span.kind == "joining")
     assert (joining.start, joining.outcome) == (1, "done")
     for seam in (span for span in timeline.spans if span.kind == "seam"):
