@@ -37,7 +37,7 @@ from tests.fault_cluster import (
 FRAMES = 900
 SLOW = "--draft-window-seconds 2"
 """Where seconds pass before anybody knows: what is rendered in them is lost with the driver."""
-SPARE = 2
+SPARE = 3
 """Windows that a lost segment may cost: the one in work, and the one before it, whose frames are encoded
 while the next is sampled (docs/exactness.md)."""
 
