@@ -38,8 +38,8 @@ FRAMES = 900
 SLOW = "--draft-window-seconds 2"
 """Where seconds pass before anybody knows: what is rendered in them is lost with the driver."""
 SPARE = 3
-"""Windows that a lost segment may cost: the one in work, the one before it, whose frames are encoded while the
-next is sampled (docs/exactness.md), and one more that ends, at half a second each, while a busy driver waits."""
+"""Windows that a lost segment may cost: the one in work, the one before it, whose frames are encoded while
+the next is sampled (docs/exactness.md), and one more that ends while a busy driver waits: they take 0.5 s."""
 
 
 @dataclass(frozen=True, slots=True)
