@@ -24,7 +24,7 @@ from actors.driver import open_pool, render
 from actors.pool_client import PoolClient
 from pipeline import ffmpeg
 from pipeline.batch_folder import BatchFolder, Record, Results
-from pipeline.batch_manifest import BatchJob
+from pipeline.batch_manifest import BatchJob, in_order
 from pipeline.engine import engine_kind
 from pipeline.errors import InvalidRequest, JobCancelled, PipelineError, StorageError, code_of
 from pipeline.job import JobDirectory
@@ -150,7 +150,8 @@ class BatchRunner:
 
     def _look_at_earlier_results(self) -> None:
         left = self._folder.left_over()
-        for job in sorted(self._jobs, key=lambda job: -job.priority):
+        todo = []
+        for job in self._jobs:
             last = self._results.last.get(job.id, {})
             if last.get("status") == "done":
                 with suppress(InvalidRequest):  # a file that is gone meanwhile: told when its turn comes
@@ -160,7 +161,8 @@ class BatchRunner:
                             shutil.rmtree(folder, ignore_errors=True)
                         continue
                 log.info("changed since it was made, and done again", extra={"job": job.id, "line": job.line})
-            self._waiting.append(job)
+            todo.append(job)
+        self._waiting.extend(in_order(todo))
         log.info("%d jobs: %d done before, %d to do", len(self._jobs), self._before, len(self._waiting))
 
     def _render(self, pool: PoolClient, on_news: Callable[[BatchState], None]) -> None:

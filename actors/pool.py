@@ -197,7 +197,7 @@ class GpuPool:
         self._asked_for: int | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._resumed = asyncio.Event()
-        """The renderers of the pool's last life are known."""
+        """The renderers of the pool's last life are known, and the cluster's GPUs."""
         self._loop = asyncio.get_running_loop().create_task(self._run())
 
     # --- jobs ------------------------------------------------------------------------------------
@@ -436,6 +436,8 @@ class GpuPool:
     async def _run(self) -> None:
         try:
             await self._find_others()
+            # Who asks before the GPUs are known would hear that there are none.
+            self._follow_nodes(await asyncio.to_thread(_nodes))
             self._resumed.set()
             while not self._closed:
                 await self._look()
