@@ -81,7 +81,8 @@ class BatchJob:
         said = [seconds_said(Path(source)) for source in speeches]
         lengths = [math.inf if seconds is None else seconds for seconds in said]
         whole = sum(lengths) if self.fields.get("audio_order") == "in_turns" else max(lengths)
-        part = min(whole, self.fields.get("audio_end") or math.inf) - self.fields.get("audio_start", 0.0)
+        start, end = (float(self.fields.get(field) or 0) for field in ("audio_start", "audio_end"))
+        part = min(whole, end or math.inf) - start
         return min(limit, part * FPS)
 
     def request(self, files: dict[str, Path]) -> RenderRequest:
