@@ -126,6 +126,23 @@ def render(tmp_path: Path, portrait: Path, processes_with: ProcessesWith) -> Ite
 
 
 @pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of commands that share one Ray of four lanes: its engines stay between them."""
+    from tests.fault_cluster import Cluster
+
+    cluster = Cluster(tmp_path_factory.mktemp("warm"), gpus=(), head_gpus=4)
+    cluster.start()
+    try:
+        yield {
+            "INFINITETALK_RAY_ADDRESS": cluster.address,
+            "INFINITETALK_SCRATCH_DIR": str(cluster.scratch),
+        }
+    finally:
+        left = cluster.stop()
+    assert not left, "these processes did not end: " + "; ".join(left)
+
+
+@pytest.fixture(scope="session")
 def talk(tmp_path_factory: pytest.TempPathFactory, portrait: Path, speech_of: SpeechOf) -> Talk:
     """A finished run of 300 frames on two renderers."""
     folder = tmp_path_factory.mktemp("talk")

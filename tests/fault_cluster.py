@@ -70,7 +70,7 @@ class Node:
 
 
 class Cluster:
-    """A head without GPUs, and nodes that have some."""
+    """A head, mostly without GPUs, and nodes that have some."""
 
     def __init__(
         self,
@@ -78,6 +78,7 @@ class Cluster:
         gpus: Sequence[int] = (2, 2),
         env: Mapping[str, str] | None = None,
         head_env: Mapping[str, str] | None = None,
+        head_gpus: int = 0,
     ) -> None:
         self.mark = uuid.uuid4().hex
         self.folder = folder
@@ -85,6 +86,7 @@ class Cluster:
         self.scratch.mkdir(parents=True, exist_ok=True)
         self._temp = Path(tempfile.mkdtemp(prefix="rf-"))  # short: the paths of sockets are limited
         self._env, self._head_env = env or {}, head_env or {}
+        self._head_gpus = head_gpus
         self.ray: tuple[str, ...] = (sys.executable, "-m", "tests.ray_on_loopback")
         self._port = free_port()
         self.address = f"127.0.0.1:{self._port}"
@@ -108,7 +110,7 @@ class Cluster:
         """The head; a second one goes to the first one's address."""
         # Ray takes a second head on one machine for a mistake, as long as nodes of the first one are there.
         (self._temp / "ray_current_cluster").unlink(missing_ok=True)
-        self.head = self._ray_start("head", 0, **self._head_env)
+        self.head = self._ray_start("head", self._head_gpus, **self._head_env)
         self._wait_started(self.head)
         return self.head
 
@@ -177,7 +179,7 @@ class Cluster:
 
     def stop(self) -> list[str]:
         """Kill all nodes; the command lines of what did not end with them."""
-        for node in self.nodes:
+        for node in [*self.nodes, self.head]:
             node.kill("raylet/raylet")
         with suppress(TimeoutError):
             self.wait_for_guards()
