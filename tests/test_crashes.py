@@ -81,7 +81,7 @@ def test_a_killed_driver_leaves_nothing_running(
     ours = [pid for pid in pids if re.search("pipeline|ray::Renderer", command_line(pid))]
     assert len(ours) == 6  # two renderers, two guards, two engines
     command.process.kill()
-    assert wait_gone(ours, 10) == []
+    assert wait_gone(ours, 30) == []
     # Two agents of Ray's own look for their dead head for up to a minute before they end.
     left = processes_with(str(tmp_path / "scratch"))  # now: a number of a dead one may be a stranger's
     for pid in left:
@@ -149,7 +149,7 @@ def test_a_damaged_job_is_mended(
     """A kept segment that was cut short is rendered again; a damaged plan is made again."""
     output, job = tmp_path / "talk.mp4", tmp_path / "job"
     arguments = ("--audio", speech_of(150), "-o", output, "--gpus", 2, "--job-dir", job)
-    assert render(*arguments, **warm).finish() == 0
+    assert render(*arguments).finish() == 0
     whole = output.read_bytes()
     assert len(list((job / "segments").iterdir())) == 2
     body = job / "segments" / "0000" / "body.mp4"
@@ -159,6 +159,6 @@ def test_a_damaged_job_is_mended(
     assert "segment 0 processed" in again.log
     assert "segment 1 processed" not in again.log
     (job / "plan.json").write_text("{")
-    assert render(*arguments, **warm).finish() == 0
+    assert render(*arguments).finish() == 0  # engines whose speeds nobody knows get the same plan
     assert len(decoded(output)) == 150
     assert len(output.read_bytes()) == len(whole)

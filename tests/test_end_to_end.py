@@ -154,7 +154,10 @@ def test_the_real_example_on_several_renderers(
     ids=["two speakers", "talking-head video"],
 )
 def test_the_other_real_examples(tmp_path: Path, given: dict[str, str], warm: dict[str, str]) -> None:
-    """Two speakers in one picture, and a video in the portrait's place: 110 frames in two segments."""
+    """Two speakers in one picture, and a video in the portrait's place: 110 frames, whatever the segments.
+
+    How many depends on the speeds that the pool has seen.
+    """
     output = tmp_path / "talk.mp4"
     inputs = [
         word for option, file in given.items() for word in (option, SHARED / "data/infinitetalk" / file)
@@ -163,4 +166,4 @@ def test_the_other_real_examples(tmp_path: Path, given: dict[str, str], warm: di
     command = Command(tmp_path, [*inputs, *options], **warm)
     assert command.finish() == 0, command.log
     assert len(decoded(output)) == 110
-    assert command.result["segments_processed"] == 2
+    assert command.result["segments_processed"] == len(command.result["seams"]) + 1
