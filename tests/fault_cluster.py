@@ -7,6 +7,7 @@ by that, never by a name alone.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import re
@@ -247,6 +248,11 @@ class Watch:
     def next_window(self, after: float, segment: int | None = None) -> float:
         """When a window (of the segment) was stored, the first since then."""
         return min(at for at, index, _ in self.seen if segment in (None, index) and at > after)
+
+    def longest_pause(self, since: float) -> float:
+        """The longest time in which no window of the job was stored, since then."""
+        times = [since, *sorted(at for at, _, _ in self.seen if at > since)]
+        return max(later - earlier for earlier, later in itertools.pairwise(times))
 
 
 class Job(Watch):
