@@ -245,10 +245,6 @@ class Watch:
                     self.seen.append((now, *entry))
                 known |= found
 
-    def next_window(self, after: float, segment: int | None = None) -> float:
-        """When a window (of the segment) was stored, the first since then."""
-        return min(at for at, index, _ in self.seen if segment in (None, index) and at > after)
-
     def longest_pause(self, since: float) -> float:
         """The longest time in which no window of the job was stored, since then."""
         times = [since, *sorted(at for at, _, _ in self.seen if at > since)]
