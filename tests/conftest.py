@@ -38,7 +38,7 @@ OPTED_IN = {"comfyui": bool(CHECKOUT), "faults": bool(os.environ.get("TEST_FAULT
 """Markers of tests that run only where somebody asks for them."""
 REASONS = {
     "comfyui": "no real ComfyUI given: make test-comfyui COMFYUI_DIR=...",
-    "faults": "each takes minutes with a cluster of its own: make test-faults",
+    "faults": "minutes on clusters of their own: make test-faults",
 }
 LONGEST = (
     *("test_crashes", "test_end_to_end", "test_serve", "test_refusals"),
