@@ -137,6 +137,7 @@ class Cluster:
         command = [
             *(*prefix, *self.ray, "start", *place, "--block", f"--node-ip-address={ip}"),
             *("--num-cpus=1", f"--num-gpus={gpus}", "--object-store-memory=104857600"),
+            "--include-log-monitor=false",  # nobody reads it, and each node would have one
             *("--min-worker-port=0", "--max-worker-port=0", f"--dashboard-agent-listen-port={free_port()}"),
         ]
         log = (self.folder / f"{name}-{mark[-6:]}.log").open("wb")
