@@ -36,7 +36,7 @@ from pipeline.errors import ConfigurationError, EngineError, PipelineError
 from pipeline.job import finished
 from pipeline.logs import write_json_logs
 from pipeline.messages import RendererInfo
-from pipeline.scheduling import Claim, FairShares, Speeds, gpus_for, weight_of
+from pipeline.scheduling import Claim, FairShares, Speeds, gpus_for
 from pipeline.settings import Settings
 
 NAMESPACE = "infinitetalk"
@@ -227,8 +227,7 @@ class GpuPool:
 
     def _enter(self, entry: JobEntry) -> tuple[_JobState, Claim]:
         now = time.monotonic()
-        claim = self._shares.enter(entry.job)
-        claim.weight, claim.at_most = weight_of(entry.priority), entry.at_most
+        claim = self._shares.enter(entry.job, entry.priority, entry.at_most)
         job = self._jobs.setdefault(entry.job, _JobState(entry, now))
         job.entry, job.seen, self._used = entry, now, now
         return job, claim
