@@ -134,6 +134,21 @@ def test_a_job_takes_no_more_than_it_may(open_pool: Callable[..., PoolClient]) -
         assert len(held["one"]) == 1
 
 
+def test_a_job_of_priority_leaves_the_others_as_they_were(
+    open_pool: Callable[..., PoolClient], portrait: Path
+) -> None:
+    """Once it has left, the GPU of a job that was there before it comes back as ever."""
+    pool = open_pool()
+    pool.start()
+    with pool.job("plain") as plain:
+        hold(plain, 1)
+        with pool.job("urgent", priority=25) as urgent:
+            hold(urgent, 0)
+        until(lambda: len(pool.ask("status")["jobs"]) == 1, 20)
+        plain.submit(task_of(portrait, **SHORT), 1).result(60)
+        until(lambda: [lane["state"] for lane in PoolLook().status()["lanes"]] == ["idle", "idle"], 20)
+
+
 def test_who_was_thought_dead_disturbs_nobody(open_pool: Callable[..., PoolClient], portrait: Path) -> None:
     """A job whose GPU was taken back and given away: its work is lost, its next call does nothing there."""
     pool = open_pool("--draft-window-seconds 0.5")
