@@ -162,10 +162,10 @@ class LeasedRenderers:
         self._thread = threading.Thread(target=self._keep_asking, name="lanes", daemon=True)
         self._thread.start()
 
-    def start(self) -> Sequence[RendererInfo]:
+    def start(self, tick: Callable[[], None]) -> Sequence[RendererInfo]:
         """Wait until engines answer; those that the job should be cut for now.
 
-        Others that are being started are waited for, some seconds at most.
+        Others that are being started are waited for, some seconds at most; ``tick`` is called meanwhile.
         Raises the error of the first engine where none starts.
         """
 
@@ -175,7 +175,7 @@ class LeasedRenderers:
                 self._view = found[0]  # or the first question for lanes might find none
             return found
 
-        infos = _once_started(look, OTHERS_SECONDS)
+        infos = _once_started(look, OTHERS_SECONDS, tick)
         self._entry = replace(self._entry, planned=True)
         return infos
 
@@ -391,7 +391,9 @@ class LeasedRenderers:
 
 
 def _once_started(
-    look: Callable[[], tuple[PoolView, Sequence[RendererInfo]]], patience: float
+    look: Callable[[], tuple[PoolView, Sequence[RendererInfo]]],
+    patience: float,
+    tick: Callable[[], None] = lambda: None,
 ) -> Sequence[RendererInfo]:
     """The renderers, as soon as no engine is being started, or ``patience`` seconds after the first is up."""
     first: float | None = None
@@ -405,6 +407,7 @@ def _once_started(
             return infos
         if not view.ready and not view.starting and view.error is not None:
             raise view.error
+        tick()
         time.sleep(AGAIN_SECONDS)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -241,9 +242,10 @@ def _render(
     segment = plan.segments[index]
     kept = KeptWindows(job, segment)
     kept.forget()  # of a take that was broken off: it had another seed
-    on_progress(JobProgress(job.name, "starting"))
+    starting = partial(on_progress, JobProgress(job.name, "starting"))
+    starting()
     with open_renderers() as renderers:
-        lanes = len(renderers.start())
+        lanes = len(renderers.start(starting))
 
         def tick(held: Held) -> Iterable[int]:
             on_lanes = dict(held)

@@ -149,6 +149,21 @@ def test_a_job_of_priority_leaves_the_others_as_they_were(
         until(lambda: [lane["state"] for lane in PoolLook().status()["lanes"]] == ["idle", "idle"], 20)
 
 
+def test_a_job_is_cancelled_while_engines_start(open_pool: Callable[..., PoolClient], tmp_path: Path) -> None:
+    """Its progress is told meanwhile, so whoever wants it to end is heard before any engine answers."""
+    pool = open_pool("--draft-start-seconds 60")
+    told = []
+
+    def on_progress(progress: JobProgress) -> None:
+        told.append(progress.stage)
+        if told.count("starting") == 3:
+            raise JobCancelled("early")
+
+    with pytest.raises(JobCancelled):
+        render_with(pool, tmp_path, 60, "early", on_progress=on_progress)
+    assert set(told) == {"preparing", "starting"}
+
+
 def test_who_was_thought_dead_disturbs_nobody(open_pool: Callable[..., PoolClient], portrait: Path) -> None:
     """A job whose GPU was taken back and given away: its work is lost, its next call does nothing there."""
     pool = open_pool("--draft-window-seconds 0.5")
