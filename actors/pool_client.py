@@ -65,10 +65,15 @@ class PoolClient:
         """
         self._settings = settings
         self._name = pool_name()
-        self._lock = threading.Lock()
+        self._lock, self._agreeing = threading.Lock(), threading.Lock()
         self._pool = self._connect()
-        while (known := self.ask("settings")).of_engines() != settings.of_engines():
-            self._replace(known)
+        self.agree()
+
+    def agree(self) -> None:
+        """A pool of our own settings in place of one with others.  Raises ``ConfigurationError``."""
+        with self._agreeing:
+            while (known := self.ask("settings")).of_engines() != self._settings.of_engines():
+                self._replace(known)
 
     def _connect(self) -> Any:
         return PoolActor.options(
@@ -125,7 +130,11 @@ class PoolClient:
 
     @contextmanager
     def job(self, name: str, priority: int = 0, at_most: int | None = None) -> Iterator[LeasedRenderers]:
-        """The renderers as one job sees them; whatever it has in work at the end is stopped."""
+        """The renderers as one job sees them; whatever it has in work at the end is stopped.
+
+        Raises ``ConfigurationError`` where others have given the pool other settings meanwhile, and use it.
+        """
+        self.agree()
         renderers = LeasedRenderers(self, JobEntry(f"{name}/{uuid.uuid4().hex[:6]}", priority, at_most))
         try:
             yield renderers
@@ -208,7 +217,22 @@ class LeasedRenderers:
             return self._arrival
 
     def _keep_asking(self) -> None:
-        """The job's line to the pool: its wish, its sign of life, and what it gets."""
+        """``_ask_on``, whose end the job must hear of: it would wait for lanes for ever."""
+        try:
+            self._ask_on()
+        except BaseException as error:
+            with self._lock:
+                self._gone = error if isinstance(error, PipelineError) else our_error(error, "the pool")
+                self._tell_arrival()
+            if not isinstance(error, PipelineError):
+                raise
+
+    def _ask_on(self) -> None:
+        """The job's line to the pool: its wish, its sign of life, and what it gets.
+
+        Raises ``EngineError`` once the pool is gone for good, ``ConfigurationError`` where it is another's,
+        with other settings, and in use.
+        """
         silent_since = time.monotonic()
         stay: Any = None
         while not self._closed:
@@ -224,14 +248,11 @@ class LeasedRenderers:
                 lent: Lent = ray.get(pool.lend.remote(entry, want, avoid, held), timeout=ANSWER_SECONDS)
             except (RayError, TimeoutError) as error:
                 if time.monotonic() - silent_since > GONE_SECONDS:
-                    with self._lock:
-                        self._gone = our_error(error, "the pool")
-                        self._tell_arrival()
-                    return
+                    raise our_error(error, "the pool") from error
                 stay = None
                 self._heard.wait(AGAIN_SECONDS)
-                with contextlib.suppress(PipelineError):
-                    self._pool.ask("settings")  # connects again where that is needed
+                with contextlib.suppress(EngineError, RayError):
+                    self._pool.agree()  # connects again where that is needed
                 continue
             silent_since = time.monotonic()
             with self._lock:

@@ -264,7 +264,10 @@ def test_a_gpu_with_a_cuda_error_is_left(open_pool: Callable[..., PoolClient], p
 
 
 def test_other_settings_wait_for_the_jobs_in_the_pool(open_pool: Callable[..., PoolClient]) -> None:
-    """Used: an error that names the setting.  Idle: the pool is started anew with them."""
+    """Used: an error that names the setting.  Idle: the pool is started anew with them.
+
+    So it is for a job of a process that was there before: it never gets the engines of others.
+    """
     pool = open_pool("--draft-window-seconds 0.1")
     first = {info.engine_pid for info in pool.start()}
     with pool.job("busy") as job:
@@ -272,8 +275,20 @@ def test_other_settings_wait_for_the_jobs_in_the_pool(open_pool: Callable[..., P
         with pytest.raises(ConfigurationError, match=r"in use by 1 jobs.*INFINITETALK_DRAFT_ARGS"):
             open_pool("--draft-window-seconds 0.2")
     until(lambda: not pool.ask("status")["jobs"], 20)
-    second = open_pool("--draft-window-seconds 0.2").start()
-    assert first.isdisjoint({info.engine_pid for info in second})
+    other = open_pool("--draft-window-seconds 0.2")
+    assert first.isdisjoint({info.engine_pid for info in other.start()})
+    with other.job("others") as job:
+        hold(job, 0)
+        with (
+            pytest.raises(ConfigurationError, match=r"in use by 1 jobs.*INFINITETALK_DRAFT_ARGS"),
+            pool.job("mine"),
+        ):
+            pass
+    until(lambda: not other.ask("status")["jobs"], 20)
+    with pool.job("mine") as job:
+        hold(job, 0)
+        assert pool.ask("settings").draft_args == "--draft-window-seconds 0.1"
+    pool.end()
 
 
 def test_two_processes_share_a_pool_that_outlives_them(
