@@ -203,7 +203,7 @@ class LeasedRenderers:
             keep = [lane for lane in idle if lane not in avoid][:count]
             for lane in idle:
                 if lane not in keep:
-                    self._give_back(lane, 0.0)
+                    self._give_back(self._held[lane], 0.0)
             count -= len(keep)
             if (count, avoid) != (self._want, self._avoid):
                 self._want, self._avoid = count, avoid
@@ -300,7 +300,7 @@ class LeasedRenderers:
             if loan is None:
                 result.set_exception(RendererLost(task.index, f"GPU {lane} was taken back"))
                 return result
-            work = self._work[lane] = _Work(task, result, time.monotonic())
+            work = self._work[lane] = _Work(task, loan, result, time.monotonic())
 
         def settle(rays: Future[RenderedSegment]) -> None:
             # Whatever happens here, somebody waits for the result.
@@ -329,22 +329,23 @@ class LeasedRenderers:
             lengths = task.windows[task.first : task.first + len(rendered.window_seconds)]
             recipe = task.recipe
             size = recipe.width * recipe.height * recipe.steps
-            self._give_back(lane, seconds, units=float(size * sum(map(latents, lengths))))
+            self._give_back(work.loan, seconds, units=float(size * sum(map(latents, lengths))))
             work.result.set_result(rendered)
             return
         ours = our_error(error, f"the renderer of GPU {lane}")
         lost = isinstance(ours, EngineError)
-        self._give_back(lane, seconds, lost=str(ours) if lost else None)
+        self._give_back(work.loan, seconds, lost=str(ours) if lost else None)
         if lost:
             ours = RendererLost(task.index, str(ours))
         elif isinstance(ours, JobCancelled) and not work.cancelled:
             ours = RendererLost(task.index, f"GPU {lane} was taken back: this job was silent for too long")
         work.result.set_exception(ours)
 
-    def _give_back(self, lane: int, seconds: float, units: float = 0.0, lost: str | None = None) -> None:
+    def _give_back(self, loan: _Loan, seconds: float, units: float = 0.0, lost: str | None = None) -> None:
         with self._lock:
-            if (loan := self._held.pop(lane, None)) is None:
-                return
+            if self._held.get(loan.lease.lane) is not loan:
+                return  # it was given back already, and may be here again under another lease
+            del self._held[loan.lease.lane]
             self._returned[loan.lease] = (seconds, units, lost)
         self._pool.tell("give_back", self._entry.job, loan.lease, seconds, units, lost)
 
@@ -399,7 +400,7 @@ class LeasedRenderers:
             if work.result in late:
                 said = f"it did not stop within {CANCEL_SECONDS:g} s"
                 log.warning("GPU %d: %s; its engine is ended", at, said)
-                self._give_back(at, time.monotonic() - work.began, lost=said)  # the pool replaces it
+                self._give_back(work.loan, time.monotonic() - work.began, lost=said)  # the pool replaces it
 
     def close(self) -> None:
         """Give everything back; what is still in work is stopped by the pool."""
@@ -445,6 +446,7 @@ class _Work:
     """A segment in work."""
 
     task: SegmentTask
+    loan: _Loan
     result: Future[RenderedSegment]
     began: float
     cancelled: bool = False
