@@ -23,10 +23,9 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Literal
 
-import requests
-
 from pipeline import process_guard
 from pipeline.comfy_answers import OutputFile
+from pipeline.comfy_client import ComfyClient
 from pipeline.errors import ConfigurationError, EngineError
 from pipeline.job import storage_errors
 from pipeline.ports import reserved_port
@@ -377,9 +376,9 @@ def _wait_until_ready(engine: RunningEngine, program: EngineProgram, patience: f
 def _answers(engine: RunningEngine) -> bool:
     """Whether *our* engine answers: a stranger on the port does not know our base directory."""
     try:
-        reply = requests.get(f"{engine.url}/system_stats", timeout=5)
-        return reply.status_code == 200 and str(engine.base_dir) in reply.json()["system"]["argv"]
-    except (requests.RequestException, ValueError, KeyError, TypeError):
+        stats = ComfyClient(engine.url, timeout=5).system_stats()
+        return str(engine.base_dir) in stats["system"]["argv"]
+    except (EngineError, KeyError, TypeError):
         return False
 
 

@@ -75,6 +75,17 @@ def test_an_engine_answers_on_loopback_and_leaves_nothing(
         probe.bind(("127.0.0.1", engine.port))
 
 
+def test_a_proxy_of_the_environment_is_not_for_engines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where one is set for the internet, an engine on this machine is found ready all the same."""
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    settings = draft(tmp_path, ready_seconds=30)
+    with running_engine(choose_engine(settings), settings) as engine:
+        assert ComfyClient(engine.url).version()
+
+
 def listening_hosts(port: int) -> set[str]:
     """Addresses (hex, as in /proc/net/tcp) that anybody listens on at this port."""
     lines = (
