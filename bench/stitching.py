@@ -67,9 +67,8 @@ def main() -> None:
     if options.json:
         print(json.dumps({"width": size[0], "height": size[1], "cores": os.cpu_count(), "rows": rows}))
         return
-    print(
-        "footage            segments   frames  seconds  seams there  CPU    memory  with ffmpeg  as it is  seams"
-    )
+    head = "footage            segments   frames  seconds  seams there  CPU    memory  with ffmpeg    copied"
+    print(f"{head}  seams")
     for row in rows:
         print(
             f"{row['footage']:<17}  {row['segments']:>8}  {row['frames']:>7}  {row['seconds']:>7.1f}"
