@@ -16,9 +16,10 @@ import numpy as np
 from pipeline import seam_metrics
 from pipeline.colours import Colours, Pair, Stack, small
 from pipeline.frames import Frame
-from pipeline.morph import TRUST, Morph, mixed, plan_way
+from pipeline.morph import TRUST, Morph, mixed
 from pipeline.plan import WARM_UP as WARM_UP
 from pipeline.timeline import FPS
+from pipeline.way import plan_way
 
 Method = Literal["morph", "crossfade", "cut"]
 """How seams are made: ``SeamReport.method`` says what was done, which may be less."""
