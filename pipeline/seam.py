@@ -1,8 +1,8 @@
 """One overlap, two renderings of it, one way through: colours matched, the best way chosen, measured.
 
 Arrays in, frames out; files are ``stitch``'s business, the plan ``way``'s, its frames ``morph``'s, the
-measures ``seam_metrics``'.  Both renderings follow the same speech, so frame ``t`` of one shows the same moment as
-frame ``t`` of the other, only the pose and the colours differ.
+measures ``seam_metrics``'.  Both renderings follow the same speech, so frame ``t`` of one shows the same
+moment as frame ``t`` of the other, only the pose and the colours differ.
 """
 
 from __future__ import annotations
