@@ -64,8 +64,8 @@ class Footage:
     sources: tuple[Stack, ...]
 
 
-def footage(size: int, trials: int, only: Collection[str] = ()) -> Iterator[Footage]:
-    """All kinds, or ``only`` some, one at a time; the real ones where the shared video is."""
+def footage(size: int, trials: int, only: Collection[str] = (), real: Path = REAL_VIDEO) -> Iterator[Footage]:
+    """All kinds, or ``only`` some, one at a time; those made from the ``real`` video where it is."""
     for name, overlap, drift in (
         ("draft", OVERLAP, False),
         ("draft, drift", OVERLAP, True),
@@ -73,8 +73,8 @@ def footage(size: int, trials: int, only: Collection[str] = ()) -> Iterator[Foot
     ):
         if not only or name in only:
             yield draft_footage(name, size, trials, overlap, drift=drift)
-    if REAL_VIDEO.is_file():
-        video = np.stack([small(frame, size) for frame in read_frames(REAL_VIDEO)])
+    if real.is_file():
+        video = np.stack([small(frame, size) for frame in read_frames(real)])
         for name, (what, later) in REAL.items():
             if not only or name in only:
                 yield Footage(name, f"real video, {what}", cut(video, later(video), trials), (video,))

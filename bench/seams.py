@@ -221,17 +221,17 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     found: list[dict[str, Any]] = []
     kinds: dict[str, str] = {}
     if not options.json:
-        if not REAL_VIDEO.is_file():
-            print("the shared talking-head video is not here: the draft engine's footage only")
+        if not options.video.is_file():
+            print(f"{options.video} is not here: the draft engine's footage only")
         print(_line(HEAD), flush=True)
     fresh = get_context("spawn")  # OpenCV's threads do not survive a fork
     with ProcessPoolExecutor(options.workers, fresh, cv2.setNumThreads, (1,)) as pool:
-        for kind in footage(options.size, options.seams, options.only or ()):
+        for kind in footage(options.size, options.seams, options.only or (), options.video):
             kinds[kind.name] = kind.what
             found += rows(kind, pool)
             lines = (line_of(row) for row in found[-len(METHODS) :])
             print(*lines, sep="\n", flush=True, file=sys.stderr if options.json else sys.stdout)
-    settings = {"size": options.size, "seams": options.seams, "real_video": REAL_VIDEO.is_file()}
+    settings = {"size": options.size, "seams": options.seams, "real_video": options.video.is_file()}
     return {**settings, "goals": GOALS, "footage": kinds, "rows": found}
 
 
@@ -241,6 +241,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seams", type=int, default=2, help="of each kind of footage")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--only", nargs="+", metavar="FOOTAGE")
+    parser.add_argument("--video", type=Path, default=REAL_VIDEO, help="of a person who talks, for S0 to S5")
     parser.add_argument("--plot", type=Path, metavar="FILE.png")
     parser.add_argument("--read", type=Path, metavar="FILE.json", help="show what --json printed earlier")
     parser.add_argument("--json", action="store_true")

@@ -8,9 +8,10 @@ one that the draft engine drew.  The draft engine renders two neighbouring segme
     shared   the same, but windows that reach into an overlap by the source's frame at which the later segment
              starts, so that both renderings of the overlap follow one picture: what ``preparation`` does
 
-The draft engine's head sways around the pose of the picture; how far the real model stays from it was not
-measured.  Printed: how far the two renderings of an overlap are apart (97th percentile of the flow between
-them in pixels, mean over the frames behind the warm-up), and the jump of a hard cut and of the morph.
+The draft engine's head sways around the pose of the picture, whatever the picture is of, and goes to a new
+one within half a second; ``bench.real_poses`` says how the real model does.  Printed: how far the two
+renderings of an overlap are apart (97th percentile of the flow between them in pixels, mean over the frames
+behind the warm-up), and the jump of a hard cut and of the morph.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """One overlap, two renderings of it, one way through: colours matched, the best way chosen, measured.
 
-Arrays in, frames out; files are ``stitch``'s business, flow and pace ``morph``'s, the measures
-``seam_metrics``'.  Both renderings follow the same speech, so frame ``t`` of one shows the same moment as
-frame ``t`` of the other, only the pose and the colours differ.
+Arrays in, frames out; files are ``stitch``'s business, the plan ``way``'s, its frames ``morph``'s, the
+measures ``seam_metrics``'.  Both renderings follow the same speech, so frame ``t`` of one shows the same
+moment as frame ``t`` of the other, only the pose and the colours differ.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import numpy as np
 from pipeline import seam_metrics
 from pipeline.colours import Colours, Pair, Stack, small
 from pipeline.frames import Frame
-from pipeline.morph import TRUST, Morph, mixed, plan_way
+from pipeline.morph import TRUST, Morph, mixed
 from pipeline.plan import WARM_UP as WARM_UP
 from pipeline.timeline import FPS
+from pipeline.way import plan_way
 
 Method = Literal["morph", "crossfade", "cut"]
 """How seams are made: ``SeamReport.method`` says what was done, which may be less."""

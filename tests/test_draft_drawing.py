@@ -16,6 +16,7 @@ from pipeline.draft import media
 from pipeline.draft.drawing import Puppet, Voice, Window, draw_window, loudness, read_stamp
 from pipeline.draft.face import Face, default_face, find_face
 from pipeline.draft.stamp import Stamp, write_stamp
+from pipeline.seam_metrics import fidelity
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data" / "infinitetalk"
@@ -206,6 +207,17 @@ def test_a_changed_start_image_is_blended_in() -> None:
     chain = steps(np.concatenate([first, second[9:]]))
     assert chain.max() < 8
     assert second[30].mean() > first[-1].mean() + 25
+
+
+def test_the_head_moves_to_where_a_changed_start_image_has_it() -> None:
+    """As a source video's next picture: one face in every frame, no two of them in one another."""
+    silence = np.zeros(0, np.float32)
+    first = drawn(silence)
+    second = drawn(silence, motion=first[-9:], picture=np.roll(portrait(), 10, axis=1))
+    chain = steps(np.concatenate([first, second[9:]]))
+    assert chain[80:].max() < 8
+    for frame in second[9:21]:
+        assert fidelity(frame, (first[-1], second[21]))[0] > 0.97
 
 
 def test_the_stamp_is_read_only_where_it_was_written() -> None:

@@ -105,6 +105,17 @@ def test_a_wider_gap_takes_a_longer_morph() -> None:
     assert near.frames < far.frames
 
 
+@pytest.mark.parametrize("moment", [19, 30])
+def test_a_fast_moment_stays_outside(moment: int) -> None:
+    """Where both renderings make a quick move, the transition is over before it or begins after it."""
+    earlier, later = (clip(shift) for shift in (0, 3))
+    for frames in (earlier, later):
+        frames[moment:] = np.roll(frames[moment:], 8, axis=2)
+    _, report = join_overlap(earlier, later)
+    assert report.method == "morph"
+    assert not report.frame <= moment <= report.frame + report.frames
+
+
 @pytest.mark.parametrize("count", [1, 2, 5, 12, 13, 14])
 def test_short_overlaps_work(count: int) -> None:
     """Overlaps shorter than the planner's minimum are joined as well as they can be."""

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from pipeline.draft.face import Face
 from pipeline.draft.stamp import LEVELS, Stamp, read_stamp, write_stamp
+from pipeline.optical_flow import Flow, flow_between, luma, reach, warped
 from pipeline.timeline import SAMPLES_PER_FRAME
 
 __all__ = ["Puppet", "Stamp", "Voice", "Window", "draw_window", "loudness", "read_stamp"]
@@ -33,7 +34,9 @@ REST_FRAMES = 22
 EASE_FRAMES = 8
 """A chain's mouth is closed at its first frame and free after this many."""
 BLEND_FRAMES = 12
-"""Over so many frames a changed start image is blended in after the motion frames."""
+"""Over so many frames what the motion frames show turns into a changed start image."""
+STILL = 0.5
+"""Pixels that the pictures are apart at most if nothing has to move for that."""
 FULL_RMS = 0.2
 """Speech this loud (of full scale) opens the mouth wholly."""
 SILENCE_RMS = 0.002
@@ -190,6 +193,9 @@ def draw_window(window: Window) -> Iterator[Frame]:
     The first frame of a chain is the portrait itself.  After motion frames, these come first, bit for bit,
     and the head goes on from the pose and speed stamped into the last one; without a readable stamp it
     falls back to the reference pose.
+
+    Where the picture is another one than theirs, as with a source video, the head moves to its place: a
+    window of the real model continues its motion frames too (docs/seams.md), it doesn't show two faces.
     """
     index, state, leftover, warmth = 0, Stamp(), None, 0.0
     if window.motion is not None:
@@ -207,12 +213,36 @@ def draw_window(window: Window) -> Iterator[Frame]:
             frame = _warmer(frame, warmth + window.drift * (position - max(index - 1, 0)), state.frame)
         share = 1 - (position - index + 1) / BLEND_FRAMES
         if leftover is not None and share > 0:
-            frame = np.clip(frame + np.rint(leftover * _ease(share)), 0, 255).astype(np.uint8)
+            frame = leftover.added(frame, _ease(share))
         write_stamp(frame, state)
         yield frame
 
 
-def _taken_over(window: Window, last: Frame, index: int) -> tuple[Stamp, Floats | None, float]:
+@dataclass(frozen=True, slots=True)
+class _Leftover:
+    """How a frame differs from what would be drawn of it now."""
+
+    flow: Flow | None
+    """From it to what would be drawn, where they are apart."""
+    rest: Floats
+    """What is left of the difference then, in levels."""
+
+    @classmethod
+    def of(cls, frame: Frame, again: Frame, warmth: Floats) -> _Leftover:
+        """``warmth``: a difference of the channels that is no part of it."""
+        flow = flow_between(luma(frame), luma(again))
+        if reach(flow) <= STILL:
+            return cls(None, frame.astype(np.float32) - again - warmth)
+        return cls(flow, frame.astype(np.float32) - warped(again, flow) - warmth)
+
+    def added(self, frame: Frame, share: float) -> Frame:
+        """``share`` of it."""
+        if self.flow is not None:
+            frame = warped(frame, self.flow * np.float32(share))
+        return np.asarray(np.clip(frame + np.rint(self.rest * share), 0, 255), np.uint8)
+
+
+def _taken_over(window: Window, last: Frame, index: int) -> tuple[Stamp, _Leftover | None, float]:
     """State of the last motion frame, how that frame differs from what would be drawn of it now, and how
     much warmer it is."""
     stamp = read_stamp(last)
@@ -220,13 +250,15 @@ def _taken_over(window: Window, last: Frame, index: int) -> tuple[Stamp, Floats 
         return Stamp(frame=max(index - 1, 0)), None, 0.0
     again = window.puppet.draw(stamp, _openings(window, index - 1, stamp.frame, stamp.opening))
     write_stamp(again, stamp)
-    leftover = last.astype(np.float32) - again.astype(np.float32)
+    off = last.astype(np.float32) - again
+    noise, warmth = 1, 0.0
     if window.drift:
-        red, _, blue = leftover.mean(axis=(0, 1))
-        warmth = float(red - blue) / 2
-        leftover -= np.array([warmth, 0, -warmth], np.float32)
-        return stamp, leftover if np.abs(leftover).max() > 3 else None, warmth  # 3: noise and rounding
-    return stamp, leftover if np.abs(leftover).max() > 1 else None, 0.0
+        red, _, blue = off.mean(axis=(0, 1))
+        noise, warmth = 3, float(red - blue) / 2
+    shift = np.array([warmth, 0, -warmth], np.float32)
+    if np.abs(off - shift).max() <= noise:
+        return stamp, None, warmth
+    return stamp, _Leftover.of(last, again, shift), warmth
 
 
 def _warmer(frame: Frame, levels: float, seed: int) -> Frame:
