@@ -24,7 +24,7 @@ from actors.driver import open_pool, render
 from actors.pool_client import PoolClient
 from pipeline import ffmpeg
 from pipeline.batch_folder import BatchFolder, Record, Results
-from pipeline.batch_manifest import BatchJob
+from pipeline.batch_manifest import BatchJob, in_order
 from pipeline.engine import engine_kind
 from pipeline.errors import InvalidRequest, JobCancelled, PipelineError, StorageError, code_of
 from pipeline.job import JobDirectory
@@ -98,6 +98,7 @@ class BatchRunner:
         self._stop = threading.Event()
         self._over = threading.Event()
         """Every worker has ended, or the batch can't go on."""
+        self._engines_are_up = threading.Event()
         self._trouble: BaseException | None = None
         self._began = time.monotonic()
         self._ready: float | None = None
@@ -136,7 +137,6 @@ class BatchRunner:
             self._look_at_earlier_results()
             if self._waiting:
                 with open_pool(self._settings, gpus) as pool:
-                    self._gpus, self._ready = len(pool.start()), time.monotonic()
                     self._render(pool, on_news)
         except BaseException as error:
             try:
@@ -150,7 +150,8 @@ class BatchRunner:
 
     def _look_at_earlier_results(self) -> None:
         left = self._folder.left_over()
-        for job in sorted(self._jobs, key=lambda job: -job.priority):
+        todo = []
+        for job in self._jobs:
             last = self._results.last.get(job.id, {})
             if last.get("status") == "done":
                 with suppress(InvalidRequest):  # a file that is gone meanwhile: told when its turn comes
@@ -160,11 +161,14 @@ class BatchRunner:
                             shutil.rmtree(folder, ignore_errors=True)
                         continue
                 log.info("changed since it was made, and done again", extra={"job": job.id, "line": job.line})
-            self._waiting.append(job)
+            todo.append(job)
+        self._waiting.extend(in_order(todo))
         log.info("%d jobs: %d done before, %d to do", len(self._jobs), self._before, len(self._waiting))
 
     def _render(self, pool: PoolClient, on_news: Callable[[BatchState], None]) -> None:
-        count = min(self._gpus + MORE_JOBS, len(self._waiting))
+        # The first jobs are prepared while the engines start.
+        lanes = pool.gpus() if self._at_most is None else min(pool.gpus(), self._at_most)
+        count = min(lanes + MORE_JOBS, len(self._waiting))
         left = [count]
 
         def work() -> None:
@@ -189,6 +193,8 @@ class BatchRunner:
         for thread in threads:
             thread.start()
         try:
+            self._gpus, self._ready = len(pool.start()), time.monotonic()
+            self._engines_are_up.set()
             news = time.monotonic() + NEWS_SECONDS
             while not self._over.wait(BEAT_SECONDS):
                 pool.tell("backlog", self._name, len(self._waiting), True)
@@ -198,6 +204,7 @@ class BatchRunner:
         finally:
             self._ended = time.monotonic()
             self._stop.set()
+            self._engines_are_up.set()  # or whoever waits for them does so for ever
             try:
                 self._results.close()  # now: what cancels may kill soon
             except StorageError as error:
@@ -276,6 +283,8 @@ class BatchRunner:
             log.info("goes on with the segments and windows that are kept", extra={"job": job.id})
 
         def seen(progress: JobProgress) -> None:
+            if progress.stage == "starting":
+                self._engines_are_up.wait()  # where none comes up, that is no job's fault
             if self._stop.is_set():
                 raise JobCancelled(job.id)
             with self._count:

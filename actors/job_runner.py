@@ -59,7 +59,7 @@ NO_GPU_SECONDS = 10.0
 """Before a job is tried again that has met no GPU."""
 MORE_JOBS = 2
 """Jobs in work beside two for each GPU: those that prepare and join while others render."""
-NICENESS = 10
+NICENESS = 19
 """Looking at inputs, joining and encoding wait where the API needs the CPU; engines are not the runner's."""
 
 log = logging.getLogger(__name__)

@@ -36,7 +36,7 @@ from pipeline.errors import ConfigurationError, EngineError, PipelineError
 from pipeline.job import finished
 from pipeline.logs import write_json_logs
 from pipeline.messages import RendererInfo
-from pipeline.scheduling import Claim, FairShares, Speeds, gpus_for, weight_of
+from pipeline.scheduling import Claim, FairShares, Speeds, gpus_for
 from pipeline.settings import Settings
 
 NAMESPACE = "infinitetalk"
@@ -197,7 +197,7 @@ class GpuPool:
         self._asked_for: int | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._resumed = asyncio.Event()
-        """The renderers of the pool's last life are known."""
+        """The renderers of the pool's last life are known, and the cluster's GPUs."""
         self._loop = asyncio.get_running_loop().create_task(self._run())
 
     # --- jobs ------------------------------------------------------------------------------------
@@ -227,8 +227,7 @@ class GpuPool:
 
     def _enter(self, entry: JobEntry) -> tuple[_JobState, Claim]:
         now = time.monotonic()
-        claim = self._shares.enter(entry.job)
-        claim.weight, claim.at_most = weight_of(entry.priority), entry.at_most
+        claim = self._shares.enter(entry.job, entry.priority, entry.at_most)
         job = self._jobs.setdefault(entry.job, _JobState(entry, now))
         job.entry, job.seen, self._used = entry, now, now
         return job, claim
@@ -436,6 +435,8 @@ class GpuPool:
     async def _run(self) -> None:
         try:
             await self._find_others()
+            # Who asks before the GPUs are known would hear that there are none.
+            self._follow_nodes(await asyncio.to_thread(_nodes))
             self._resumed.set()
             while not self._closed:
                 await self._look()
@@ -535,9 +536,9 @@ class GpuPool:
             self._drop_renderer(slot)
             self._speeds.forget(slot.lane)
         self._let_go &= set(places)
-        if self._retired or not self._needed:
+        if not self._needed:
             return
-        for place in places:
+        for place in places if not self._retired else ():
             enough = self._settings.max_gpus and self._work <= len(self._slots)
             if place not in self._slots and not (enough and place in self._let_go):
                 self._let_go.discard(place)
@@ -688,13 +689,14 @@ class GpuPool:
             idle = idle[spare:] if not any(job.wish for job in self._jobs.values()) else []
         elif self._needed:
             late = now - self._settings.idle_seconds
-            most = max(0, len(self._slots) - self._work)
+            most = max(0, sum(not slot.leaving for slot in self._slots.values()) - self._work)
             scales = self._settings.max_gpus and not any(warm for _, warm, _ in self._backlogs.values())
             idle = [slot for slot in idle if slot.ready and slot.changed < late][:most] if scales else []
         for slot in idle:
             slot.leaving = True
             self._start_task(self._dismiss(slot))
         over = not self._jobs and (self._retired or not (self._needed or self._backlogs))
+        over |= self._retired and not self._slots  # who came meanwhile finds the pool of its own version
         if over and all(slot.fenced for slot in self._slots.values()):
             log.info("the pool %s ends: nobody needs it", self._name)
             self._write_speeds()
@@ -711,6 +713,7 @@ class GpuPool:
         if self._slots.get(place) is slot:
             del self._slots[place]
             self._let_go.add(place)
+            self._speeds.forget(slot.lane)
 
     def _ask_for_nodes(self, work: int) -> None:
         """On an autoscaling cluster: so many GPUs as there is work for."""

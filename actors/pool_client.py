@@ -65,10 +65,15 @@ class PoolClient:
         """
         self._settings = settings
         self._name = pool_name()
-        self._lock = threading.Lock()
+        self._lock, self._agreeing = threading.Lock(), threading.Lock()
         self._pool = self._connect()
-        while (known := self.ask("settings")).of_engines() != settings.of_engines():
-            self._replace(known)
+        self.agree()
+
+    def agree(self) -> None:
+        """A pool of our own settings in place of one with others.  Raises ``ConfigurationError``."""
+        with self._agreeing:
+            while (known := self.ask("settings")).of_engines() != self._settings.of_engines():
+                self._replace(known)
 
     def _connect(self) -> Any:
         return PoolActor.options(
@@ -125,7 +130,11 @@ class PoolClient:
 
     @contextmanager
     def job(self, name: str, priority: int = 0, at_most: int | None = None) -> Iterator[LeasedRenderers]:
-        """The renderers as one job sees them; whatever it has in work at the end is stopped."""
+        """The renderers as one job sees them; whatever it has in work at the end is stopped.
+
+        Raises ``ConfigurationError`` where others have given the pool other settings meanwhile, and use it.
+        """
+        self.agree()
         renderers = LeasedRenderers(self, JobEntry(f"{name}/{uuid.uuid4().hex[:6]}", priority, at_most))
         try:
             yield renderers
@@ -162,10 +171,10 @@ class LeasedRenderers:
         self._thread = threading.Thread(target=self._keep_asking, name="lanes", daemon=True)
         self._thread.start()
 
-    def start(self) -> Sequence[RendererInfo]:
+    def start(self, tick: Callable[[], None]) -> Sequence[RendererInfo]:
         """Wait until engines answer; those that the job should be cut for now.
 
-        Others that are being started are waited for, some seconds at most.
+        Others that are being started are waited for, some seconds at most; ``tick`` is called meanwhile.
         Raises the error of the first engine where none starts.
         """
 
@@ -175,7 +184,7 @@ class LeasedRenderers:
                 self._view = found[0]  # or the first question for lanes might find none
             return found
 
-        infos = _once_started(look, OTHERS_SECONDS)
+        infos = _once_started(look, OTHERS_SECONDS, tick)
         self._entry = replace(self._entry, planned=True)
         return infos
 
@@ -194,7 +203,7 @@ class LeasedRenderers:
             keep = [lane for lane in idle if lane not in avoid][:count]
             for lane in idle:
                 if lane not in keep:
-                    self._give_back(lane, 0.0)
+                    self._give_back(self._held[lane], 0.0)
             count -= len(keep)
             if (count, avoid) != (self._want, self._avoid):
                 self._want, self._avoid = count, avoid
@@ -208,7 +217,22 @@ class LeasedRenderers:
             return self._arrival
 
     def _keep_asking(self) -> None:
-        """The job's line to the pool: its wish, its sign of life, and what it gets."""
+        """``_ask_on``, whose end the job must hear of: it would wait for lanes for ever."""
+        try:
+            self._ask_on()
+        except BaseException as error:
+            with self._lock:
+                self._gone = error if isinstance(error, PipelineError) else our_error(error, "the pool")
+                self._tell_arrival()
+            if not isinstance(error, PipelineError):
+                raise
+
+    def _ask_on(self) -> None:
+        """The job's line to the pool: its wish, its sign of life, and what it gets.
+
+        Raises ``EngineError`` once the pool is gone for good, ``ConfigurationError`` where it is another's,
+        with other settings, and in use.
+        """
         silent_since = time.monotonic()
         stay: Any = None
         while not self._closed:
@@ -224,14 +248,11 @@ class LeasedRenderers:
                 lent: Lent = ray.get(pool.lend.remote(entry, want, avoid, held), timeout=ANSWER_SECONDS)
             except (RayError, TimeoutError) as error:
                 if time.monotonic() - silent_since > GONE_SECONDS:
-                    with self._lock:
-                        self._gone = our_error(error, "the pool")
-                        self._tell_arrival()
-                    return
+                    raise our_error(error, "the pool") from error
                 stay = None
                 self._heard.wait(AGAIN_SECONDS)
-                with contextlib.suppress(PipelineError):
-                    self._pool.ask("settings")  # connects again where that is needed
+                with contextlib.suppress(EngineError, RayError):
+                    self._pool.agree()  # connects again where that is needed
                 continue
             silent_since = time.monotonic()
             with self._lock:
@@ -279,7 +300,7 @@ class LeasedRenderers:
             if loan is None:
                 result.set_exception(RendererLost(task.index, f"GPU {lane} was taken back"))
                 return result
-            work = self._work[lane] = _Work(task, result, time.monotonic())
+            work = self._work[lane] = _Work(task, loan, result, time.monotonic())
 
         def settle(rays: Future[RenderedSegment]) -> None:
             # Whatever happens here, somebody waits for the result.
@@ -308,22 +329,23 @@ class LeasedRenderers:
             lengths = task.windows[task.first : task.first + len(rendered.window_seconds)]
             recipe = task.recipe
             size = recipe.width * recipe.height * recipe.steps
-            self._give_back(lane, seconds, units=float(size * sum(map(latents, lengths))))
+            self._give_back(work.loan, seconds, units=float(size * sum(map(latents, lengths))))
             work.result.set_result(rendered)
             return
         ours = our_error(error, f"the renderer of GPU {lane}")
         lost = isinstance(ours, EngineError)
-        self._give_back(lane, seconds, lost=str(ours) if lost else None)
+        self._give_back(work.loan, seconds, lost=str(ours) if lost else None)
         if lost:
             ours = RendererLost(task.index, str(ours))
         elif isinstance(ours, JobCancelled) and not work.cancelled:
             ours = RendererLost(task.index, f"GPU {lane} was taken back: this job was silent for too long")
         work.result.set_exception(ours)
 
-    def _give_back(self, lane: int, seconds: float, units: float = 0.0, lost: str | None = None) -> None:
+    def _give_back(self, loan: _Loan, seconds: float, units: float = 0.0, lost: str | None = None) -> None:
         with self._lock:
-            if (loan := self._held.pop(lane, None)) is None:
-                return
+            if self._held.get(loan.lease.lane) is not loan:
+                return  # it was given back already, and may be here again under another lease
+            del self._held[loan.lease.lane]
             self._returned[loan.lease] = (seconds, units, lost)
         self._pool.tell("give_back", self._entry.job, loan.lease, seconds, units, lost)
 
@@ -378,7 +400,7 @@ class LeasedRenderers:
             if work.result in late:
                 said = f"it did not stop within {CANCEL_SECONDS:g} s"
                 log.warning("GPU %d: %s; its engine is ended", at, said)
-                self._give_back(at, time.monotonic() - work.began, lost=said)  # the pool replaces it
+                self._give_back(work.loan, time.monotonic() - work.began, lost=said)  # the pool replaces it
 
     def close(self) -> None:
         """Give everything back; what is still in work is stopped by the pool."""
@@ -391,7 +413,9 @@ class LeasedRenderers:
 
 
 def _once_started(
-    look: Callable[[], tuple[PoolView, Sequence[RendererInfo]]], patience: float
+    look: Callable[[], tuple[PoolView, Sequence[RendererInfo]]],
+    patience: float,
+    tick: Callable[[], None] = lambda: None,
 ) -> Sequence[RendererInfo]:
     """The renderers, as soon as no engine is being started, or ``patience`` seconds after the first is up."""
     first: float | None = None
@@ -405,6 +429,7 @@ def _once_started(
             return infos
         if not view.ready and not view.starting and view.error is not None:
             raise view.error
+        tick()
         time.sleep(AGAIN_SECONDS)
 
 
@@ -421,6 +446,7 @@ class _Work:
     """A segment in work."""
 
     task: SegmentTask
+    loan: _Loan
     result: Future[RenderedSegment]
     began: float
     cancelled: bool = False

@@ -259,9 +259,13 @@ class Renderer:
             log.warning("GPU %d: the engine is not well after a failure: %s", self._lane, trouble)
 
     def _load_packs(self, task: SegmentTask) -> None:
-        """A new engine where the graph needs packs of nodes that this one was started without."""
+        """A new engine where the graph needs packs of nodes that this one was started without.
+
+        Raises ``ConfigurationError`` where a pack is not on this node; the engine goes on as it is then.
+        """
         packs = packs_of(json.loads(task.recipe.workflow.text))
         if engine_kind(self._settings) == "comfyui" and not set(packs) <= set(self._packs):
+            choose_engine(self._settings, packs)
             self._end_engine()
             metrics.engine_restarted(self._lane, self._node, "packs")
             self._packs = packs

@@ -11,8 +11,9 @@ import difflib
 import functools
 import hashlib
 import json
+import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -24,8 +25,9 @@ from pipeline.errors import InvalidRequest, PipelineError
 from pipeline.portrait import read_picture
 from pipeline.remote_files import SCHEMES, is_remote, s3_place
 from pipeline.request import RenderRequest, wrong_fields
-from pipeline.sound import SoundReader
+from pipeline.sound import SoundReader, seconds_said
 from pipeline.source_video import SourceVideo
+from pipeline.timeline import FPS
 
 FILES = ("image", "video", "audio", "audio_2", "mask_1", "mask_2")
 """Fields that name a file: a path, relative to the manifest or absolute, or an address."""
@@ -66,6 +68,22 @@ class BatchJob:
     def comes_over_network(self) -> bool:
         """Whether any of its files does."""
         return any(is_remote(source) for source in self.sources.values())
+
+    def expected_frames(self) -> float:
+        """About how long its video gets: by headers, which may be wrong; infinite where nobody knows.
+
+        Files behind addresses are not looked at.  Raises ``InvalidRequest``.
+        """
+        speeches = [self.sources[field] for field in ("audio", "audio_2") if field in self.sources]
+        limit = float(self.fields.get("max_frames") or math.inf)
+        if any(map(is_remote, speeches)):
+            return limit
+        said = [seconds_said(Path(source)) for source in speeches]
+        lengths = [math.inf if seconds is None else seconds for seconds in said]
+        whole = sum(lengths) if self.fields.get("audio_order") == "in_turns" else max(lengths)
+        start, end = (float(self.fields.get(field) or 0) for field in ("audio_start", "audio_end"))
+        part = min(whole, end or math.inf) - start
+        return min(limit, part * FPS)
 
     def request(self, files: dict[str, Path]) -> RenderRequest:
         """The request, with every source as a file of this machine.  Raises ``InvalidRequest``."""
@@ -280,6 +298,25 @@ def _wrong_output(output: str) -> Iterator[tuple[str, str]]:
         yield "output", f"{output}: a name inside the output folder, without .. and hidden folders"
     elif any(len(part.encode()) > 200 for part in path.parts) or "\0" in output or str(path) != output:
         yield "output", f"{output[:80]}: no name for a file"
+
+
+def in_order(jobs: Sequence[BatchJob]) -> list[BatchJob]:
+    """The order in which jobs start: by priority, then longest first, else as in the manifest.
+
+    Where the last jobs to start are short, all GPUs end at about the same time (Graham's longest processing
+    time first, 1969).
+    """
+
+    def frames(job: BatchJob) -> float:
+        try:
+            return job.expected_frames()
+        except InvalidRequest:  # a file that is gone meanwhile: told when its turn comes
+            return 0.0
+
+    with ThreadPoolExecutor(LOOKING_AT_ONCE, thread_name_prefix="look") as threads:
+        lengths = list(threads.map(frames, jobs))
+    order = sorted(range(len(jobs)), key=lambda n: (-jobs[n].priority, -lengths[n], n))
+    return [jobs[number] for number in order]
 
 
 def _twice(job: BatchJob, ids: dict[str, int], outputs: dict[str, int]) -> Iterator[Problem]:

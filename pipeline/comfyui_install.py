@@ -60,10 +60,12 @@ def steps(wanted: Wanted, *, uvx: str | None, cache: Path) -> tuple[Step, ...]:
                 "DIR", f"{wanted.folder} has a ComfyUI already; give another folder, or use that one"
             )
         return tuple(step for pack in missing for step in _pack_steps(wanted, pack))
-    if wanted.folder.exists() and any(wanted.folder.iterdir()):
-        raise InvalidRequest("DIR", f"{wanted.folder} is not empty")
-    package = f"comfy-cli=={COMFY_CLI_VERSION}"
     found: list[Step] = []
+    if wanted.folder.exists():
+        if not wanted.folder.is_dir() or any(wanted.folder.iterdir()):
+            raise InvalidRequest("DIR", f"{wanted.folder} is no empty folder")
+        found.append(Step("comfy-cli makes the folder itself", ("rmdir", str(wanted.folder))))
+    package = f"comfy-cli=={COMFY_CLI_VERSION}"
     if uvx is not None:
         comfy: tuple[str, ...] = (uvx, "--python", sys.executable, "--from", package, "comfy")
     else:

@@ -43,8 +43,11 @@ class Lanes:
 class Renderers(Protocol):
     """Lanes of a pool that others use too; a lane whose renderer is lost gets a new one."""
 
-    def start(self) -> Sequence[RendererInfo]:
-        """Wait until the engines answer; one entry for each lane that has one."""
+    def start(self, tick: Callable[[], None]) -> Sequence[RendererInfo]:
+        """Wait until the engines answer; one entry for each lane that has one.
+
+        ``tick`` is called meanwhile, and may raise.
+        """
 
     def lanes(self) -> Lanes:
         """Which lanes can take a segment now, and which may come back."""

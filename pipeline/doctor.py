@@ -146,6 +146,14 @@ def ffmpeg_check(found: Ffmpeg | str) -> Check:
     return Check("ffmpeg", "pass", f"{found.version} with {', '.join(ENCODERS)}")
 
 
+def separator_check(program: str, place: str | None) -> Check:
+    """The vocal separator that is configured, and where its program is."""
+    if place is None:
+        remedy = "install it, or correct INFINITETALK_VOCAL_SEPARATOR (docs/setup.md)"
+        return Check("vocal separator", "fail", f"there is no program {program}", remedy)
+    return Check("vocal separator", "pass", place)
+
+
 def ports_check(free: int, first: int, last: int, engines: int) -> Check:
     """Ports for so many engines."""
     said = f"{free} of {first}-{last} are free"

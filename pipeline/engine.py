@@ -13,20 +13,21 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Literal
 
-import requests
-
 from pipeline import process_guard
 from pipeline.comfy_answers import OutputFile
-from pipeline.errors import ConfigurationError, EngineError, StorageError
+from pipeline.comfy_client import ComfyClient
+from pipeline.errors import ConfigurationError, EngineError
+from pipeline.job import storage_errors
 from pipeline.ports import reserved_port
 from pipeline.settings import Settings
 
@@ -194,10 +195,20 @@ class GuardedProcess:
     """A command below ``process_guard``; ``exited`` is set as soon as it has ended."""
 
     def __init__(
-        self, command: list[str], folder: Path, base_dir: Path, output: IO[bytes], keep: Sequence[int] = ()
+        self,
+        command: list[str],
+        folder: Path,
+        base_dir: Path,
+        output: IO[bytes],
+        keep: Sequence[int] = (),
+        prepare: Callable[[], None] = lambda: None,
     ) -> None:
-        """``base_dir`` is removed at the end; ``keep``: descriptors that it inherits."""
-        self._started = threading.Event()
+        """``base_dir`` is removed at the end; ``keep``: descriptors that it inherits.
+
+        ``prepare`` is called before the command starts: whatever it puts into ``base_dir`` goes, even if this
+        process is killed meanwhile.
+        """
+        self._ready, self._started = threading.Event(), threading.Event()
         self.exited = threading.Event()
         self.pid = self.guard_pid = 0
         self.exit_code = "unknown"
@@ -213,8 +224,20 @@ class GuardedProcess:
         )
         threading.Thread(target=self._listen, name="engine-guard", daemon=True).start()
         self._launcher.wait()  # the launcher forks and leaves; the guard holds the pipes
-        if not self._started.wait(STOP_SECONDS):
+        try:
+            self._wait_for(self._ready, output)
+            prepare()
+            assert self._launcher.stdin is not None
+            with contextlib.suppress(OSError):  # it was killed: it does not start
+                self._launcher.stdin.write(b"\n")
+                self._launcher.stdin.flush()
+            self._wait_for(self._started, output)
+        except BaseException:
             self.stop()
+            raise
+
+    def _wait_for(self, event: threading.Event, output: IO[bytes]) -> None:
+        if not event.wait(STOP_SECONDS):
             raise EngineError("the guard process did not start", tail(Path(output.name)))
 
     def _listen(self) -> None:
@@ -222,6 +245,8 @@ class GuardedProcess:
         with self._launcher.stdout as channel:
             for line in channel:
                 match line.decode().split():
+                    case ["ready"]:
+                        self._ready.set()
                     case ["started", guard, child]:
                         self.guard_pid, self.pid = int(guard), int(child)
                         self._started.set()
@@ -280,7 +305,8 @@ def _started(
     program: EngineProgram, settings: Settings, port: int, lock: int, cleanup: ExitStack
 ) -> RunningEngine:
     """An engine that answers on ``port``; what has to be undone goes to ``cleanup``."""
-    base_dir, log_path = _folders(program, settings, port)
+    log_path = _new_log(settings.scratch, port)
+    base_dir = settings.scratch / f"infinitetalk-engine-{uuid.uuid4().hex[:12]}"
     cleanup.callback(shutil.rmtree, base_dir, ignore_errors=True)  # the guard does, unless it is killed
     command = [
         *program.command,
@@ -288,7 +314,8 @@ def _started(
         *("--database-url", f"sqlite:///{base_dir}/user/comfyui.db"),
     ]
     with log_path.open("wb") as output:
-        process = GuardedProcess(command, program.folder, base_dir, output, (lock,))
+        prepare = partial(_make_folders, base_dir, program)
+        process = GuardedProcess(command, program.folder, base_dir, output, (lock,), prepare)
     cleanup.callback(process.stop)
     engine = RunningEngine(
         f"http://127.0.0.1:{port}", port, process.guard_pid, process.pid, base_dir, log_path, process
@@ -297,17 +324,22 @@ def _started(
     return engine
 
 
-def _folders(program: EngineProgram, settings: Settings, port: int) -> tuple[Path, Path]:
-    """A fresh base directory (removed by the guard) and the path of the log (kept)."""
-    scratch = settings.scratch
-    try:
-        logs = scratch / f"infinitetalk-logs-{os.getuid()}"
+def _new_log(scratch: Path, port: int) -> Path:
+    """The path of an engine's log, which is kept; the oldest ones go."""
+    logs = scratch / f"infinitetalk-logs-{os.getuid()}"
+    with storage_errors(scratch):
         logs.mkdir(parents=True, exist_ok=True)
         for old in sorted(logs.glob("engine-*.log"), key=_modified)[:-KEPT_LOGS]:
             old.unlink(missing_ok=True)
         log_path = logs / f"engine-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{port}.log"
         log_path.touch()
-        base_dir = Path(tempfile.mkdtemp(prefix="infinitetalk-engine-", dir=scratch))
+    return log_path
+
+
+def _make_folders(base_dir: Path, program: EngineProgram) -> None:
+    """A fresh base directory, which the guard removes."""
+    with storage_errors(base_dir.parent):
+        base_dir.mkdir(mode=0o700)
         for name in ("input", "output", "temp", "user", "custom_nodes"):
             (base_dir / name).mkdir()
         if program.models is not None:
@@ -317,9 +349,6 @@ def _folders(program: EngineProgram, settings: Settings, port: int) -> tuple[Pat
             (base_dir / "custom_nodes" / pack.name).symlink_to(pack)
         if program.node_pack:
             (base_dir / "custom_nodes" / NODE_PACK.name).symlink_to(NODE_PACK)
-    except OSError as error:
-        raise StorageError(str(scratch), error.strerror or str(error)) from None
-    return base_dir, log_path
 
 
 def _modified(path: Path) -> float:
@@ -347,9 +376,9 @@ def _wait_until_ready(engine: RunningEngine, program: EngineProgram, patience: f
 def _answers(engine: RunningEngine) -> bool:
     """Whether *our* engine answers: a stranger on the port does not know our base directory."""
     try:
-        reply = requests.get(f"{engine.url}/system_stats", timeout=5)
-        return reply.status_code == 200 and str(engine.base_dir) in reply.json()["system"]["argv"]
-    except (requests.RequestException, ValueError, KeyError, TypeError):
+        stats = ComfyClient(engine.url, timeout=5).system_stats()
+        return str(engine.base_dir) in stats["system"]["argv"]
+    except (EngineError, KeyError, TypeError):
         return False
 
 

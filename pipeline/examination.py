@@ -16,6 +16,7 @@ from pipeline.errors import ConfigurationError, EngineError, PipelineError
 from pipeline.mode_check import check_graph
 from pipeline.models import State, manifest, models_folder, verify
 from pipeline.settings import Settings
+from pipeline.vocals import VocalSeparator
 
 
 def examine(
@@ -45,6 +46,8 @@ def examine(
     yield from _disks(settings)
     yield doctor.shared_memory_check(machine.size_gb(machine.SHARED_MEMORY))
     yield doctor.ffmpeg_check(machine.ffmpeg_facts())
+    if separator := VocalSeparator.configured(settings):
+        yield doctor.separator_check(separator.command[0], separator.place)
     first, last = settings.port_range
     engines = len(gpus.gpus) if isinstance(gpus, machine.Nvidia) and gpus.gpus else 1
     yield doctor.ports_check(machine.free_ports(first, last), first, last, engines)

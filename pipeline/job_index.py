@@ -43,7 +43,8 @@ class JobIndex:
     """All jobs of a service, behind one URL; safe for many processes at once."""
 
     def __init__(self, url: str) -> None:
-        self._engine = sa.create_engine(url, pool_pre_ping=True)  # a server may have been started anew
+        # A server may have been started anew.
+        self._engine = sa.create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
         if self.in_a_file:
             _make_sqlite_dependable(self._engine)
         with self._engine.begin() as db:
@@ -181,10 +182,11 @@ class JobIndex:
 
     def standing(self, job: str) -> Standing:
         """One of them.  Raises ``JobNotFound``."""
-        found = self.standings([job])
-        if job not in found:
+        with self._read() as db:
+            row = db.execute(_STANDING, {"job": job}).mappings().first()
+        if row is None:
             raise JobNotFound(job)
-        return found[job]
+        return Standing(_job(row), row["ahead"])
 
     def cancel(self, job: str) -> Job:
         """End a job that is not over; one that is stays as it is.  Its runner notices within a tick."""
@@ -487,6 +489,8 @@ def _standings() -> sa.Select[Any]:
 
 
 _STANDINGS = _standings()
+_STANDING = _STANDINGS.where(JOBS.c.id == sa.bindparam("job"))
+"""Asked for more often than all else: made once, and without a list of a length that changes."""
 
 
 def _count(which: sa.ColumnElement[bool]) -> sa.Select[int]:

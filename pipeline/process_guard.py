@@ -1,9 +1,9 @@
 """A guard between a renderer and its engine: when the renderer is gone, however it went, so is the engine.
 
 Run as ``python -S -E process_guard.py FOLDER COMMAND...`` with a pipe on standard input that the owner
-keeps open.  Standard output tells ``started GUARD CHILD`` and ``exited CODE``.  End of file on standard
-input means that the owner died (or let go): the engine's whole process tree is ended, then FOLDER, the
-engine's base directory, is removed.
+keeps open.  Standard output tells ``ready``, after which the owner may make FOLDER, the engine's base
+directory, and says so with a line; then ``started GUARD CHILD`` and ``exited CODE``.  End of file on standard
+input means that the owner died (or let go): the engine's whole process tree is ended, then FOLDER is removed.
 
 The guard leaves the owner's session and process group (double fork, ``setsid``), so that whatever sweeps
 the owner's children does not end the guard first; it is a subreaper, so that grandchildren come to it.
@@ -80,6 +80,10 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda received, _frame: asked.append(received))
     guard = os.getpid()
+    say("ready")
+    if not os.read(0, 1):
+        shutil.rmtree(folder, ignore_errors=True)
+        return
 
     def die_with_guard() -> None:
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # safe: the guard has one thread

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ from pipeline.seam import SeamReport
 from pipeline.seam_metrics import excess
 from pipeline.segment_files import SegmentFiles
 from pipeline.stitch import stitch
+from pipeline.timeline_recorder import TimelineRecorder, recording
 from pipeline.workflow import Workflow
 
 log = logging.getLogger(__name__)
@@ -97,7 +99,7 @@ def redo(
     the worse seam at its other end), and the better take stays, judged by all seams of the segment together.
     With ``segment``, that one, and the new take stays.  ``seed``: default, one that was not tried yet.
     Raises ``InvalidRequest`` for a job that is not finished, was made by another ``engine``, or has no such
-    seam or segment; ``PipelineError``.  Whatever fails, the job is as it was.
+    seam or segment; ``PipelineError``.  Whatever fails, the job is as it was, but for its timeline.
     """
     if (seam is None) == (segment is None):
         raise InvalidRequest("seam", "give either a seam or a segment")
@@ -112,69 +114,74 @@ def redo(
             raise InvalidRequest("segment", f"{index} is not one of 0 to {len(plan.segments) - 1}")
         number = _next_take(job, index)
         seed = request.seed + number if seed is None else seed
-        on_progress(JobProgress(job.name, "preparing"))
-        prepared = prepare(request, job)
-        with storage_errors(job.work):
-            job.work.mkdir(exist_ok=True)
-        recipe = replace(prepared.recipe(request, job.name, workflow, plan), seed=seed)
+        with recording(job) as timeline:
+            timeline.stage("preparing")
+            on_progress(JobProgress(job.name, "preparing"))
+            prepared = prepare(request, job)
+            with storage_errors(job.work):
+                job.work.mkdir(exist_ok=True)
+            recipe = replace(prepared.recipe(request, job.name, workflow, plan), seed=seed)
 
-        def task_for(part: Segment, attempt: int, kept: KeptWindows) -> SegmentTask:
-            return prepared.task(recipe, plan, part, attempt, kept.count, kept.motion)
+            def task_for(part: Segment, attempt: int, kept: KeptWindows) -> SegmentTask:
+                return prepared.task(recipe, plan, part, attempt, kept.count, kept.motion)
 
-        new = job.take(index, number)
-        chosen = False
-        try:
-            _render(job, plan, index, new, task_for, open_renderers, max_attempts, on_progress)
-            joining = JobProgress(job.name, "joining", 0, _states(plan, {}))
-            on_progress(joining)
-            folders = [new if part.index == index else job.segment(part.index) for part in plan.segments]
-            video = job.work / "again.mp4"
-            track: Future[tuple[Path, int]] = Future()
-            track.set_result(prepared.make_sound(job.work / "sound.mp4"))
-            speech = tuple(spoken.path for spoken in prepared.speech)
-            after = stitch(
-                plan,
-                [SegmentFiles.in_folder(folder) for folder in folders],
-                track.result(),
-                video,
-                job.work,
-                fps=request.fps,
-                shown=prepared.frames_at(request.fps),
-                seam=request.seam,
-                speech=speech,
-                seams=job.seams,
-                tick=lambda: on_progress(joining),
+            new = job.take(index, number)
+            chosen = False
+            try:
+                _render(job, plan, index, new, task_for, open_renderers, max_attempts, on_progress, timeline)
+                timeline.stage("joining")
+                joining = JobProgress(job.name, "joining", 0, _states(plan, {}))
+                on_progress(joining)
+                folders = [new if part.index == index else job.segment(part.index) for part in plan.segments]
+                video = job.work / "again.mp4"
+                track: Future[tuple[Path, int]] = Future()
+                track.set_result(prepared.make_sound(job.work / "sound.mp4"))
+                speech = tuple(spoken.path for spoken in prepared.speech)
+                after = stitch(
+                    plan,
+                    [SegmentFiles.in_folder(folder) for folder in folders],
+                    track.result(),
+                    video,
+                    job.work,
+                    fps=request.fps,
+                    shown=prepared.frames_at(request.fps),
+                    seam=request.seam,
+                    speech=speech,
+                    seams=job.seams,
+                    tick=lambda: on_progress(joining),
+                )
+                on_progress(joining)  # the last moment to stop: from here on the new take may count
+                touched = [k for k in (index - 1, index) if 0 <= k < len(reports)]
+                changes = tuple(SeamChange(k, reports[k], after[k]) for k in touched)
+                done = Redone(index, seed, "new", changes, str(result["video_path"]))
+                if seam is not None and done.excess[1] >= done.excess[0]:
+                    done = replace(done, kept="old")
+                else:
+                    old = job.segment(index)
+                    _adopt(
+                        job, index, number, video, {**result, "seams": [asdict(report) for report in after]}
+                    )
+                    chosen = True
+                    shutil.rmtree(old, ignore_errors=True)
+                # Players get the takes that count, whichever these are.
+                with Front(job, Joining(request.seam, speech, watched=job.stream.exists()), track) as front:
+                    front.finish(plan)
+            finally:
+                if not chosen and number != job.takes().get(index, 0):
+                    _forget(new)
+            before, now = done.excess
+            log.info(
+                "segment %d with seed %d: %s take kept, excess %.2f before and %.2f with the new take",
+                index,
+                seed,
+                done.kept,
+                before,
+                now,
+                extra={"job": job.name, "segment": index},
             )
-            on_progress(joining)  # the last moment to stop: from here on the new take may count
-            touched = [k for k in (index - 1, index) if 0 <= k < len(reports)]
-            changes = tuple(SeamChange(k, reports[k], after[k]) for k in touched)
-            done = Redone(index, seed, "new", changes, str(result["video_path"]))
-            if seam is not None and done.excess[1] >= done.excess[0]:
-                done = replace(done, kept="old")
-            else:
-                old = job.segment(index)
-                _adopt(job, index, number, video, {**result, "seams": [asdict(report) for report in after]})
-                chosen = True
-                shutil.rmtree(old, ignore_errors=True)
-            # Players get the takes that count, whichever these are.
-            with Front(job, Joining(request.seam, speech, watched=job.stream.exists()), track) as front:
-                front.finish(plan)
-        finally:
-            if not chosen and number != job.takes().get(index, 0):
-                _forget(new)
-        before, now = done.excess
-        log.info(
-            "segment %d with seed %d: %s take kept, excess %.2f before and %.2f with the new take",
-            index,
-            seed,
-            done.kept,
-            before,
-            now,
-            extra={"job": job.name, "segment": index},
-        )
-        with suppress(JobCancelled):  # too late
-            on_progress(JobProgress(job.name, "finished", 0, _states(plan, {})))
-        return done
+            with suppress(JobCancelled):  # too late
+                on_progress(JobProgress(job.name, "finished", 0, _states(plan, {})))
+            return done
 
 
 def _finished_job(job: JobDirectory, engine: str) -> tuple[RenderRequest, Plan, dict[str, Any]]:
@@ -237,17 +244,23 @@ def _render(
     open_renderers: Callable[[], AbstractContextManager[Renderers]],
     max_attempts: int,
     on_progress: Callable[[JobProgress], None],
+    timeline: TimelineRecorder,
 ) -> None:
     segment = plan.segments[index]
     kept = KeptWindows(job, segment)
     kept.forget()  # of a take that was broken off: it had another seed
-    on_progress(JobProgress(job.name, "starting"))
+    timeline.stage("starting")
+    starting = partial(on_progress, JobProgress(job.name, "starting"))
+    starting()
     with open_renderers() as renderers:
-        lanes = len(renderers.start())
+        infos = renderers.start(starting)
+        timeline.know(infos)
 
         def tick(held: Held) -> Iterable[int]:
             on_lanes = dict(held)
-            seen = {entry.index: entry for entry in renderers.progress()}.get(index)
+            progress = renderers.progress()
+            timeline.seen(progress)
+            seen = {entry.index: entry for entry in progress}.get(index)
             seen = seen or SegmentProgress(index, kept.count, 0.0, ())
             if index in on_lanes and seen.windows_done > kept.count:
                 for window in renderers.windows(on_lanes[index], index, kept.count):
@@ -260,15 +273,17 @@ def _render(
                 seen.fraction,
                 seen.window_seconds,
             )
-            on_progress(JobProgress(job.name, "rendering", lanes, _states(plan, {index: state})))
+            on_progress(JobProgress(job.name, "rendering", len(infos), _states(plan, {index: state})))
             return ()
 
         def next_task(part: Segment, attempt: int) -> SegmentTask:
             return task_for(part, attempt, kept)
 
-        for rendered in render_all([segment], next_task, renderers, max_attempts, tick):
+        timeline.stage("waiting")  # until the task goes out
+        for rendered in render_all([segment], next_task, renderers, max_attempts, tick, sent=timeline.sent):
             for window in rendered.windows:
                 kept.keep(window)
+        timeline.rendered()
     kept.become_segment(folder)
 
 

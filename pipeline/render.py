@@ -95,9 +95,10 @@ def render_video(
                 front.follow(plan)
             else:
                 timeline.stage("starting")
-                on_progress(JobProgress(job.name, "starting"))
+                starting = partial(seen, JobProgress(job.name, "starting"))
+                starting()
                 with open_renderers() as renderers:
-                    infos = renderers.start()
+                    infos = renderers.start(starting)
                     timeline.know(infos)
                     _log_devices(infos)
                     clock.lap("start")

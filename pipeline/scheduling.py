@@ -86,14 +86,18 @@ class FairShares:
     def enter(
         self, job: str, priority: int = 0, at_most: int | None = None, held: Iterable[int] = ()
     ) -> Claim:
-        """Take a job in; one that is here already stays as it is."""
-        if job not in self.claims:
+        """Take a job in; of one that is here already, priority and limit may be others now."""
+        claim, weight = self.claims.get(job), weight_of(priority)
+        if claim is None:
             self._orders += 1
-            self.claims[job] = Claim(
-                job, weight_of(priority), self._orders, self.virtual_time, at_most, held=set(held)
+            claim = self.claims[job] = Claim(
+                job, weight, self._orders, self.virtual_time, at_most, held=set(held)
             )
-            self._weights += self.claims[job].weight
-        return self.claims[job]
+            self._weights += weight
+        elif (weight, at_most) != (claim.weight, claim.at_most):
+            self._weights += weight - claim.weight
+            claim.weight, claim.at_most = weight, at_most
+        return claim
 
     def leave(self, job: str) -> frozenset[int]:
         """Forget a job; the lanes it held."""

@@ -6,6 +6,7 @@ decoded samples: headers of VBR mp3 and raw AAC are wrong by up to 9 %.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -83,6 +84,8 @@ class SoundReader:
 
     def __init__(self, path: Path, part: Part = WHOLE) -> None:
         self.samples = self.first = 0
+        self.said: float | None
+        """Seconds, by the file's header."""
         self.cut = part.start > 0
         self._part = part
         self.rate = 0
@@ -105,6 +108,8 @@ class SoundReader:
             self._container.close()
             raise InvalidRequest("audio", f"{path} has no sound")
         self._stream = stream
+        duration = self._container.duration
+        self.said = None if duration is None else duration / av.time_base
         self.index = stream.index
         self.codec = stream.codec_context.codec.canonical_name  # mp3, where the decoder is mp3float
 
@@ -192,6 +197,16 @@ def measure(path: Path, part: Part = WHOLE) -> Track:
         for _ in reader:
             pass
         return reader.track()
+
+
+@functools.lru_cache(maxsize=10_000)
+def seconds_said(path: Path) -> float | None:
+    """How long a file's header says that its sound is, which is often wrong: for an estimate only.
+
+    None where it says nothing.  Raises ``InvalidRequest``.
+    """
+    with SoundReader(path) as reader:
+        return reader.said
 
 
 def make_track(

@@ -55,12 +55,17 @@ class VocalSeparator:
         command = settings.vocal_separator_command
         return cls(tuple(command), settings.vocal_separator_seconds) if command else None
 
+    @property
+    def place(self) -> str | None:
+        """The whole path of its program; None where there is none."""
+        program = shutil.which(self.command[0])
+        return None if program is None else str(Path(program).absolute())
+
     def found(self) -> VocalSeparator:
         """The same with its program's whole path.  Raises ``ConfigurationError`` where there is none."""
-        program = shutil.which(self.command[0])
-        if program is None:
+        if (place := self.place) is None:
             raise ConfigurationError(f"INFINITETALK_VOCAL_SEPARATOR: there is no program {self.command[0]}")
-        return replace(self, command=(str(Path(program).absolute()), *self.command[1:]))
+        return replace(self, command=(place, *self.command[1:]))
 
 
 def separate_vocals(

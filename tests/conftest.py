@@ -38,7 +38,7 @@ OPTED_IN = {"comfyui": bool(CHECKOUT), "faults": bool(os.environ.get("TEST_FAULT
 """Markers of tests that run only where somebody asks for them."""
 REASONS = {
     "comfyui": "no real ComfyUI given: make test-comfyui COMFYUI_DIR=...",
-    "faults": "each takes minutes with a cluster of its own: make test-faults",
+    "faults": "minutes on clusters of their own: make test-faults",
 }
 LONGEST = (
     *("test_crashes", "test_end_to_end", "test_serve", "test_refusals"),
@@ -123,6 +123,23 @@ def render(tmp_path: Path, portrait: Path, processes_with: ProcessesWith) -> Ite
             command.process.kill()
             command.process.wait()
     assert processes_with(str(tmp_path / "scratch")) == []
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of commands that share one Ray of four lanes: its engines stay between them."""
+    from tests.fault_cluster import Cluster
+
+    cluster = Cluster(tmp_path_factory.mktemp("warm"), gpus=(), head_gpus=4)
+    cluster.start()
+    try:
+        yield {
+            "INFINITETALK_RAY_ADDRESS": cluster.address,
+            "INFINITETALK_SCRATCH_DIR": str(cluster.scratch),
+        }
+    finally:
+        left = cluster.stop()
+    assert not left, "these processes did not end: " + "; ".join(left)
 
 
 @pytest.fixture(scope="session")

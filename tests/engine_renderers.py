@@ -29,7 +29,7 @@ class EngineRenderers:
         self._stop = threading.Event()
         self.seeds: list[int] = []
 
-    def start(self) -> Sequence[RendererInfo]:
+    def start(self, tick: Callable[[], None]) -> Sequence[RendererInfo]:
         word = "here"
         return [
             RendererInfo(lane, word, "draft", word, word, 0, 0, 0, 0, word, 0.0)

@@ -171,8 +171,7 @@ def _outcome(
     assert done["result"]["frames"] == FRAMES
     windows, rendered = done["detail"]["windows_total"], windows_rendered(cluster) - before
     assert 0 <= rendered - windows <= spare, (rendered, windows)
-    recovered = watch.next_window(killed) - killed
-    return Measured(fault, recovered, over - killed, windows, rendered - windows, 0)
+    return Measured(fault, watch.longest_pause(killed), over - killed, windows, rendered - windows, 0)
 
 
 @contextmanager

@@ -292,3 +292,4 @@ def cluster_of(
     finally:
         left = cluster.stop()
     assert not left, "these processes did not end: " + "; ".join(left)
+    until(lambda: not list(cluster.scratch.glob("infinitetalk-engine-*")), 20)  # their guards remove them

@@ -7,6 +7,7 @@ by that, never by a name alone.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import re
@@ -70,7 +71,7 @@ class Node:
 
 
 class Cluster:
-    """A head without GPUs, and nodes that have some."""
+    """A head, mostly without GPUs, and nodes that have some."""
 
     def __init__(
         self,
@@ -78,6 +79,7 @@ class Cluster:
         gpus: Sequence[int] = (2, 2),
         env: Mapping[str, str] | None = None,
         head_env: Mapping[str, str] | None = None,
+        head_gpus: int = 0,
     ) -> None:
         self.mark = uuid.uuid4().hex
         self.folder = folder
@@ -85,6 +87,7 @@ class Cluster:
         self.scratch.mkdir(parents=True, exist_ok=True)
         self._temp = Path(tempfile.mkdtemp(prefix="rf-"))  # short: the paths of sockets are limited
         self._env, self._head_env = env or {}, head_env or {}
+        self._head_gpus = head_gpus
         self.ray: tuple[str, ...] = (sys.executable, "-m", "tests.ray_on_loopback")
         self._port = free_port()
         self.address = f"127.0.0.1:{self._port}"
@@ -108,7 +111,7 @@ class Cluster:
         """The head; a second one goes to the first one's address."""
         # Ray takes a second head on one machine for a mistake, as long as nodes of the first one are there.
         (self._temp / "ray_current_cluster").unlink(missing_ok=True)
-        self.head = self._ray_start("head", 0, **self._head_env)
+        self.head = self._ray_start("head", self._head_gpus, **self._head_env)
         self._wait_started(self.head)
         return self.head
 
@@ -134,6 +137,7 @@ class Cluster:
         command = [
             *(*prefix, *self.ray, "start", *place, "--block", f"--node-ip-address={ip}"),
             *("--num-cpus=1", f"--num-gpus={gpus}", "--object-store-memory=104857600"),
+            "--include-log-monitor=false",  # nobody reads it, and each node would have one
             *("--min-worker-port=0", "--max-worker-port=0", f"--dashboard-agent-listen-port={free_port()}"),
         ]
         log = (self.folder / f"{name}-{mark[-6:]}.log").open("wb")
@@ -177,7 +181,7 @@ class Cluster:
 
     def stop(self) -> list[str]:
         """Kill all nodes; the command lines of what did not end with them."""
-        for node in self.nodes:
+        for node in [*self.nodes, self.head]:
             node.kill("raylet/raylet")
         with suppress(TimeoutError):
             self.wait_for_guards()
@@ -242,9 +246,10 @@ class Watch:
                     self.seen.append((now, *entry))
                 known |= found
 
-    def next_window(self, after: float, segment: int | None = None) -> float:
-        """When a window (of the segment) was stored, the first since then."""
-        return min(at for at, index, _ in self.seen if segment in (None, index) and at > after)
+    def longest_pause(self, since: float) -> float:
+        """The longest time in which no window of the job was stored, since then."""
+        times = [since, *sorted(at for at, _, _ in self.seen if at > since)]
+        return max(later - earlier for earlier, later in itertools.pairwise(times))
 
 
 class Job(Watch):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.batch_manifest import BatchJob, read_manifest
+from pipeline.batch_manifest import BatchJob, in_order, read_manifest
 from pipeline.errors import InvalidRequest, PipelineError
 from pipeline.request import RenderRequest
 from tests.conftest import ROOT
@@ -154,6 +154,29 @@ def test_a_job_is_the_same_while_its_content_is(folder: Path, speech_of: Callabl
     before = job.digest("draft")
     shutil.copy(speech_of(25), folder / "a.wav")
     assert job.digest("draft") != before
+
+
+def test_urgent_jobs_come_first_and_long_ones_before_short_ones(
+    folder: Path, speech_of: Callable[[int], Path]
+) -> None:
+    """By the speech's length and what the line takes of it; what is behind an address may be long."""
+    shutil.copy(speech_of(100), folder / "long.wav")
+    path = written(
+        folder,
+        {**GOOD, "id": "two-seconds"},
+        {**GOOD, "id": "four-seconds", "audio": "long.wav"},
+        {**GOOD, "id": "one-second", "audio": "long.wav", "max_frames": 25},
+        {**GOOD, "id": "three-seconds", "audio": "long.wav", "audio_start": 1.0},
+        {**GOOD, "id": "far", "audio": "http://127.0.0.1:9/a.wav"},
+        {**GOOD, "id": "in-turns", "audio_2": "long.wav", "audio_order": "in_turns"},
+        {**GOOD, "id": "urgent", "max_frames": 1, "priority": 1},
+    )
+    lengths = {job.id: job.expected_frames() for job in jobs_of(path)}
+    assert (lengths["two-seconds"], lengths["three-seconds"], lengths["in-turns"]) == (50, 75, 150)
+    order = [job.id for job in in_order(jobs_of(path))]
+    assert order == [
+        *("urgent", "far", "in-turns", "four-seconds", "three-seconds", "two-seconds", "one-second"),
+    ]
 
 
 def test_the_example_can_be_rendered() -> None:

@@ -81,8 +81,20 @@ def test_an_existing_comfyui_is_left_alone(tmp_path: Path, capsys: pytest.Captur
     assert cli.main(["comfyui", "install", str(tmp_path), "--yes"]) == 2
     assert "has a ComfyUI already" in capsys.readouterr().err
     (tmp_path / "main.py").rename(tmp_path / "other")
-    with pytest.raises(InvalidRequest, match="not empty"):
-        steps(Wanted(tmp_path), uvx=None, cache=tmp_path)
+    for place in (tmp_path, tmp_path / "other"):
+        with pytest.raises(InvalidRequest, match="no empty folder"):
+            steps(Wanted(place), uvx=None, cache=tmp_path)
+
+
+def test_an_empty_folder_is_made_anew(programs: Path, tmp_path: Path) -> None:
+    """comfy-cli clones into no folder that is there already."""
+    log, folder = write_uvx(programs), tmp_path / "comfy"
+    folder.mkdir()
+    assert cli.main(["comfyui", "install", str(folder)]) == 0
+    assert folder.exists()
+    assert cli.main(["comfyui", "install", str(folder), "--yes"]) == 0
+    assert not folder.exists()
+    assert log.exists()
 
 
 def test_without_uvx_comfy_cli_gets_a_venv_once(tmp_path: Path) -> None:

@@ -46,6 +46,27 @@ def test_a_machine_for_drafts_is_healthy(capsys: pytest.CaptureFixture[str]) -> 
     assert "comfyui install" in checks["ComfyUI"]["remedy"]
 
 
+def test_a_vocal_separator_must_be_there_where_one_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its program's place is a line; where there is none, that fails and names the setting."""
+
+    def line(program: str) -> dict[str, str]:
+        monkeypatch.setenv("INFINITETALK_VOCAL_SEPARATOR", f"{program} {{input}} {{folder}}")
+        code = cli.main(["doctor", "--json"])
+        checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
+        found: dict[str, str] = checks["vocal separator"]
+        assert code == (3 if found["level"] == "fail" else 0)
+        return found
+
+    there = tmp_path / "bin" / "separate"
+    there.touch(0o755)
+    assert (line("separate")["level"], line("separate")["said"]) == ("pass", str(there))
+    gone = line("seperate")
+    assert (gone["level"], gone["said"]) == ("fail", "there is no program seperate")
+    assert "INFINITETALK_VOCAL_SEPARATOR" in gone["remedy"]
+
+
 def test_a_running_engine_is_asked(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

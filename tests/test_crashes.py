@@ -34,6 +34,7 @@ def test_a_signal_cancels_and_the_same_command_goes_on(
     tmp_path: Path,
     processes_with: ProcessesWith,
     wait_gone: WaitGone,
+    warm: dict[str, str],
 ) -> None:
     """Exit code 130, no process, no half video; finished segments are not rendered again."""
     output = tmp_path / "talk.mp4"
@@ -52,7 +53,7 @@ def test_a_signal_cancels_and_the_same_command_goes_on(
     assert not output.exists()
     kept = sorted(path.name for path in (tmp_path / ".infinitetalk").glob("*/segments/????"))
     assert kept
-    second = render(*arguments)
+    second = render(*arguments, **warm)
     assert second.finish() == 0, second.log
     assert len(decoded(output)) == 400
     redone = {int(index) for index in re.findall(r"segment (\d+) processed", second.log)}
@@ -66,6 +67,7 @@ def test_a_killed_driver_leaves_nothing_running(
     processes_with: ProcessesWith,
     wait_gone: WaitGone,
     talk: Talk,
+    warm: dict[str, str],
 ) -> None:
     """kill -9 of the driver in a second window: engines and guards are gone within seconds.
 
@@ -79,7 +81,7 @@ def test_a_killed_driver_leaves_nothing_running(
     ours = [pid for pid in pids if re.search("pipeline|ray::Renderer", command_line(pid))]
     assert len(ours) == 6  # two renderers, two guards, two engines
     command.process.kill()
-    assert wait_gone(ours, 10) == []
+    assert wait_gone(ours, 30) == []
     # Two agents of Ray's own look for their dead head for up to a minute before they end.
     left = processes_with(str(tmp_path / "scratch"))  # now: a number of a dead one may be a stranger's
     for pid in left:
@@ -89,7 +91,7 @@ def test_a_killed_driver_leaves_nothing_running(
     assert not list(command.scratch.glob("infinitetalk-engine-*"))
     assert not (tmp_path / "talk.mp4").exists()
     kept = len(list(tmp_path.glob(".infinitetalk/*/segments/*.windows/00????/")))
-    again = render(*arguments)
+    again = render(*arguments, **warm)
     assert again.finish() == 0, again.log
     assert re.search(r"segment \d goes on after window \d of 3", again.log)
     assert again.result["nodes"]["KSampler"]["ran"] == 6 - kept
@@ -120,12 +122,12 @@ def test_an_engine_killed_in_the_middle_costs_one_more_try(
 
 
 def test_exact_is_one_chain_through_a_crash(
-    render: Callable[..., Command], speech_of: SpeechOf, tmp_path: Path
+    render: Callable[..., Command], speech_of: SpeechOf, tmp_path: Path, warm: dict[str, str]
 ) -> None:
     """--continuity exact has no seam, and one renderer that goes on where another died changes no frame."""
     whole, output = tmp_path / "whole.mp4", tmp_path / "talk.mp4"
     arguments = ("--audio", speech_of(250), "--continuity", "exact")
-    alone = render(*arguments, "-o", whole, "--gpus", 1)
+    alone = render(*arguments, "-o", whole, "--gpus", 1, **warm)
     assert alone.finish() == 0, alone.log
     assert (alone.result["seams"], alone.result["segments_processed"]) == ([], 1)
     assert alone.result["nodes"]["KSampler"]["ran"] == 4
@@ -141,7 +143,9 @@ def test_exact_is_one_chain_through_a_crash(
     assert np.array_equal(decoded(output), decoded(whole))
 
 
-def test_a_damaged_job_is_mended(render: Callable[..., Command], speech_of: SpeechOf, tmp_path: Path) -> None:
+def test_a_damaged_job_is_mended(
+    render: Callable[..., Command], speech_of: SpeechOf, tmp_path: Path, warm: dict[str, str]
+) -> None:
     """A kept segment that was cut short is rendered again; a damaged plan is made again."""
     output, job = tmp_path / "talk.mp4", tmp_path / "job"
     arguments = ("--audio", speech_of(150), "-o", output, "--gpus", 2, "--job-dir", job)
@@ -150,11 +154,11 @@ def test_a_damaged_job_is_mended(render: Callable[..., Command], speech_of: Spee
     assert len(list((job / "segments").iterdir())) == 2
     body = job / "segments" / "0000" / "body.mp4"
     body.write_bytes(body.read_bytes()[:100])
-    again = render(*arguments)
+    again = render(*arguments, **warm)
     assert again.finish() == 0, again.log
     assert "segment 0 processed" in again.log
     assert "segment 1 processed" not in again.log
     (job / "plan.json").write_text("{")
-    assert render(*arguments).finish() == 0
+    assert render(*arguments).finish() == 0  # engines whose speeds nobody knows get the same plan
     assert len(decoded(output)) == 150
     assert len(output.read_bytes()) == len(whole)

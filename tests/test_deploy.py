@@ -30,6 +30,7 @@ import infinitetalk
 from actors import cli
 from pipeline.service_settings import ServiceSettings
 from pipeline.settings import PREFIX, SERVICE_PREFIX, Settings
+from serve_app import FEWER_TURNS
 from tests.conftest import ROOT
 
 DEPLOY = ROOT / "deploy"
@@ -75,7 +76,11 @@ def test_settings_that_are_named_exist(path: Path) -> None:
 def ray_variables() -> frozenset[str]:
     """Variables that are named in Ray's own programs."""
     folder = Path(importlib.import_module("ray").__file__ or "").parent
-    sources = [folder / "_raylet.so", *(folder / "_common").rglob("*.py")]
+    sources = [
+        folder / "_raylet.so",
+        *(folder / "_common").rglob("*.py"),
+        *folder.glob("serve/_private/*.py"),
+    ]
     return frozenset(
         word.decode() for path in sources for word in re.findall(rb"RAY_[A-Za-z]\w+", path.read_bytes())
     )
@@ -230,6 +235,16 @@ def test_ray_env_is_read_by_shell_and_systemd_alike() -> None:
     assert all(re.fullmatch(r"\w+", text) for pair in values.items() for text in pair)
     assert values["RAY_AUTH_MODE"] == "token"
     assert values["RAY_worker_niceness"] == "0"
+
+
+def test_serve_hands_requests_on_the_same_way_everywhere() -> None:
+    """On Ray's own nodes, in the image, on Kubernetes: as in a Ray that `infinitetalk serve` starts."""
+    env, image = (DEPLOY / "ray.env").read_text(), (DEPLOY / "Dockerfile").read_text()
+    kuberay = (DEPLOY / "kuberay" / "rayservice.yaml").read_text()
+    for name, value in FEWER_TURNS.items():
+        assert f"\n{name}={value}\n" in env
+        assert f" {name}={value}" in image
+        assert f'{{name: {name}, value: "{value}"}}' in kuberay
 
 
 # ------------------------------------------------------------------------------------------- Serve, KubeRay

@@ -33,7 +33,7 @@ class ThreadRenderers:
         self.windows_of_a_task = 20
         self.rendered: Counter[int] = Counter()
 
-    def start(self) -> Sequence[RendererInfo]:
+    def start(self, tick: Callable[[], None]) -> Sequence[RendererInfo]:
         return ()
 
     def lanes(self) -> Lanes:

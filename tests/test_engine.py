@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -14,8 +15,8 @@ import pytest
 import requests
 
 from pipeline.comfy_client import ComfyClient
-from pipeline.engine import choose_engine, running_engine
-from pipeline.errors import ConfigurationError, EngineError
+from pipeline.engine import GuardedProcess, choose_engine, running_engine
+from pipeline.errors import ConfigurationError, EngineError, StorageError
 from pipeline.settings import Settings
 from tests.free_ports import free_ports
 
@@ -74,6 +75,17 @@ def test_an_engine_answers_on_loopback_and_leaves_nothing(
         probe.bind(("127.0.0.1", engine.port))
 
 
+def test_a_proxy_of_the_environment_is_not_for_engines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where one is set for the internet, an engine on this machine is found ready all the same."""
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    settings = draft(tmp_path, ready_seconds=30)
+    with running_engine(choose_engine(settings), settings) as engine:
+        assert ComfyClient(engine.url).version()
+
+
 def listening_hosts(port: int) -> set[str]:
     """Addresses (hex, as in /proc/net/tcp) that anybody listens on at this port."""
     lines = (
@@ -124,7 +136,7 @@ def test_an_engine_that_is_late_is_ended(tmp_path: Path, processes_with: Callabl
 OWNER = """
 import sys
 from pathlib import Path
-from pipeline.engine import choose_engine, running_engine
+from pipeline.engine import GuardedProcess, choose_engine, running_engine
 from pipeline.settings import Settings
 settings = Settings(engine="draft", ports=sys.argv[1], scratch_dir=Path(sys.argv[2]))
 with running_engine(choose_engine(settings), settings) as engine:
@@ -150,6 +162,62 @@ def test_an_engine_dies_with_its_owner(
     owner.wait()
     assert wait_gone([int(pid), int(guard)], 8) == []
     assert not Path(base_dir).exists()
+
+
+PREPARING = """
+import sys
+from pathlib import Path
+from pipeline.engine import GuardedProcess
+place = Path(sys.argv[1])
+def prepare():
+    place.mkdir()
+    print("made", flush=True)
+    sys.stdin.read()
+GuardedProcess(["/bin/true"], place.parent, place, open(sys.argv[2], "wb"), (), prepare)
+"""
+
+
+def test_an_owner_that_is_killed_before_its_engine_starts_leaves_no_folder(
+    tmp_path: Path, processes_with: Callable[[str], list[int]]
+) -> None:
+    """The guard is there before the folder is, and removes what was made."""
+    place = tmp_path / "base"
+    owner = subprocess.Popen(
+        [sys.executable, "-c", PREPARING, str(place), str(tmp_path / "log")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert owner.stdout is not None
+    assert owner.stdout.readline() == "made\n"
+    guards = [os.pidfd_open(pid) for pid in processes_with(str(place)) if pid != owner.pid]
+    assert len(guards) == 1
+    owner.kill()
+    owner.wait()
+    assert select.select(guards, [], [], 10)[0]
+    os.close(guards[0])
+    assert not place.exists()
+    assert (tmp_path / "log").read_text() == ""
+
+
+def test_what_goes_wrong_before_the_start_ends_the_guard(
+    tmp_path: Path,
+    wait_gone: Callable[[Iterable[int], float], list[int]],
+    processes_with: Callable[..., list[int]],
+) -> None:
+    """The error is the caller's to hear; neither process nor folder stays."""
+    place, guards = tmp_path / "base", []
+
+    def prepare() -> None:
+        place.mkdir()
+        guards.extend(processes_with(str(place)))
+        raise StorageError(str(place), "full")
+
+    with (tmp_path / "log").open("wb") as log, pytest.raises(StorageError, match="full"):
+        GuardedProcess(["/bin/true"], tmp_path, place, log, (), prepare)
+    assert len(guards) == 1
+    assert wait_gone(guards, 5) == []
+    assert not place.exists()
 
 
 def test_an_engine_does_not_outlive_its_guard(

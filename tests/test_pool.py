@@ -102,6 +102,12 @@ def test_each_renderer_owns_an_engine_of_its_own(
     assert not list(tmp_path.glob("infinitetalk-engine-*"))
 
 
+def test_a_pool_knows_its_gpus_from_its_first_answer(open_pool: Callable[..., Pool]) -> None:
+    """A service that asks at once must not take a pool that has not looked yet for a cluster without GPUs."""
+    view = open_pool(2).client.ask("backlog", "test", 0, True)
+    assert view.ready | view.starting == {0, 1}
+
+
 def test_a_killed_renderer_takes_its_engine_along_and_is_replaced(
     open_pool: Callable[..., Pool], portrait: Path, tmp_path: Path, wait_gone: WaitGone
 ) -> None:

@@ -26,6 +26,7 @@ from pipeline.request import RenderRequest
 from pipeline.seam import SeamReport
 from pipeline.seam_metrics import GOOD, excess
 from pipeline.settings import Settings
+from pipeline.timeline_recorder import stored_timeline
 from pipeline.workflow import load
 from tests.engine_renderers import engine_renderers
 from tests.free_ports import free_ports
@@ -90,11 +91,14 @@ def again(job: JobDirectory, engine: RunningEngine, **choice: Any) -> Redone:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """The digest of every file that a job must not lose (its working folder and lock are no such)."""
+    """The digest of every file that a job must not lose, or get without need.
+
+    (Its working folder and lock are no such, and its timeline tells of every try.)
+    """
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and "work" not in path.parts and path.name != "lock"
+        if path.is_file() and "work" not in path.parts and path.name not in ("lock", "timeline.json")
     }
 
 
@@ -118,6 +122,13 @@ def test_a_segment_is_rendered_with_another_seed(engine: RunningEngine, job: Job
     seams = [SeamReport(**entry) for entry in json.loads(job.result.read_text())["seams"]]
     assert [change.after for change in done.changes] == seams
     assert not job.take(1, 0).exists()
+    again_spans = [span for span in stored_timeline(job).spans if span.start == 1]
+    assert {"preparing", "starting", "joining"} <= {span.kind for span in again_spans}
+    runs = [span for span in again_spans if span.kind in ("segment", "window")]
+    assert [(span.kind, span.segment, span.gpu, span.outcome) for span in runs] == [
+        ("segment", 1, 0, "done"),
+        ("window", 1, 0, "done"),
+    ]
     same = again(job, engine, segment=1, seed=99)
     assert np.array_equal(frames_of(video), after)  # the seed makes the take
     assert [change.before for change in same.changes] == [change.after for change in same.changes]

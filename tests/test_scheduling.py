@@ -121,6 +121,19 @@ def test_a_job_of_low_priority_waits_but_is_reached() -> None:
     assert "poor" in got
 
 
+def test_a_priority_that_is_told_later_counts_in_the_weights_of_all() -> None:
+    """A job that a new pool finds in work says its priority only then; when it leaves, its weight leaves."""
+    shares = FairShares()
+    shares.enter("plain")
+    shares.enter("found")
+    assert shares.enter("found", priority=25, at_most=2).at_most == 2
+    shares.served("plain", 3.0)
+    assert shares.virtual_time == 1.0
+    shares.leave("found")
+    shares.served("plain", 1.0)
+    assert shares.virtual_time == 2.0
+
+
 def test_nobody_gets_more_than_its_limit() -> None:
     """``at_most`` counts what is held; the rest goes to others, and to nobody where there are none."""
     pool = Pool(4)

@@ -21,8 +21,10 @@ import openai
 import pytest
 import requests
 import runpod
+from ray._raylet import GcsClient, GcsClientOptions, GlobalStateAccessor
 
 from pipeline.frames import check_video
+from serve_app import SETTINGS_FILE
 from tests.conftest import ROOT
 from tests.metrics_page import Samples, key, until
 from tests.service_process import HEADERS, Service, kill_all, running_service
@@ -485,6 +487,31 @@ def test_everything_survives_a_power_cut(
         assert done["attempt"] == 2
         assert done["result"]["nodes"]["KSampler"]["ran"] == done["detail"]["windows_total"] - before
     assert processes_with(f"TEST_MARK={second_life}") == []
+
+
+def test_ray_shows_no_secret(service: Service, processes_with: Callable[[str], list[int]]) -> None:
+    """What Ray knows of actors, and what Serve stores in it, names the file of the settings, and no token."""
+    (address,) = {
+        word.partition("=")[2]
+        for pid in processes_with(f"TEST_MARK={service.mark}")
+        for word in Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+        if word.startswith("--gcs-address=")
+    }
+    state = GlobalStateAccessor(GcsClientOptions.create(address, None, True, False))
+    assert state.connect()
+    store = GcsClient(address=address)
+    actors = [bytes(actor) for actor in state.get_actor_table(None, None)]
+    stored = [
+        store.internal_kv_get(key, namespace) or b""
+        for namespace in (None, b"serve")
+        for key in store.internal_kv_keys(b"", namespace)
+    ]
+    for shown in (actors, stored):
+        assert any(SETTINGS_FILE.encode() in entry for entry in shown)
+        assert not [entry for entry in shown if b"secret-of-" in entry]
+    (place,) = service.data.glob("settings-*")
+    assert place.stat().st_mode & 0o777 == 0o600
+    assert "secret-of-anna" in place.read_text()
 
 
 def test_without_tokens_only_loopback_is_served(tmp_path: Path) -> None:

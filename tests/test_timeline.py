@@ -180,7 +180,7 @@ def test_the_result_has_the_main_numbers(job: JobDirectory) -> None:
     assert 0 < timings["gpu_busy_share"] <= 1
     assert timings["waiting_seconds"] < timings["total_seconds"]
     joining = next(span for span in last if span.kind == "joining")
-    assert timings["join_seconds"] == pytest.approx(joining.seconds, abs=0.2)
+    assert timings["join_seconds"] > joining.seconds - 0.2  # and the wait for seams that were begun before
 
 
 def test_the_timeline_reads_back_as_it_was(job: JobDirectory) -> None:

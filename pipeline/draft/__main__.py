@@ -23,6 +23,9 @@ from pipeline.draft.nodes import DraftNodes
 from pipeline.draft.schemas import load_node_packs
 from pipeline.draft.server import DraftServer, ServerOptions
 
+NICENESS = 10
+"""What is computed here a GPU would compute: it steps back for what runs on the CPU for real."""
+
 log = logging.getLogger("pipeline.draft")
 
 IGNORED_SWITCHES = (
@@ -55,6 +58,7 @@ IGNORED_OPTIONS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until killed; 1 when the engine can't start."""
     options = _parser().parse_args(argv)
+    _step_back()
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
     log.info("DRAFT ENGINE: a preview that draws a talking head, not the InfiniteTalk model")
     time.sleep(options.draft_start_seconds)
@@ -93,6 +97,13 @@ def _fault(text: str) -> Fault:
         return parse_fault(text)
     except ValueError as exc:
         raise argparse.ArgumentTypeError(str(exc)) from exc
+
+
+def _step_back() -> None:
+    os.nice(NICENESS)
+    if os.getsid(0) == os.getpid():  # where Linux weighs sessions, niceness counts within one only: sched(7)
+        with contextlib.suppress(OSError):
+            Path("/proc/self/autogroup").write_text(str(NICENESS))
 
 
 def _parser() -> argparse.ArgumentParser:
