@@ -167,7 +167,8 @@ class BatchRunner:
 
     def _render(self, pool: PoolClient, on_news: Callable[[BatchState], None]) -> None:
         # The first jobs are prepared while the engines start.
-        lanes = pool.gpus() if self._at_most is None else min(pool.gpus(), self._at_most)
+        lanes = max(pool.gpus(), self._settings.max_gpus)  # a cluster that grows sees what waits
+        lanes = lanes if self._at_most is None else min(lanes, self._at_most)
         count = min(lanes + MORE_JOBS, len(self._waiting))
         left = [count]
 
@@ -188,16 +189,21 @@ class BatchRunner:
                     if not left[0]:
                         self._over.set()
 
+        def tell() -> None:
+            pool.tell(
+                "backlog", self._name, len(self._waiting) or int(not self._engines_are_up.is_set()), True
+            )
+
         # Daemons: what hangs in a system call must not keep the process.
         threads = [threading.Thread(target=work, name=f"job-{n}", daemon=True) for n in range(count)]
         for thread in threads:
             thread.start()
         try:
-            self._gpus, self._ready = len(pool.start()), time.monotonic()
+            self._gpus, self._ready = len(pool.start(tell)), time.monotonic()
             self._engines_are_up.set()
             news = time.monotonic() + NEWS_SECONDS
             while not self._over.wait(BEAT_SECONDS):
-                pool.tell("backlog", self._name, len(self._waiting), True)
+                tell()
                 if time.monotonic() >= news:
                     news += NEWS_SECONDS
                     on_news(self.state())

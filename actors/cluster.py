@@ -116,7 +116,7 @@ def cluster(settings: Settings, gpus: int | None, metrics_port: int | None = Non
 
     ``metrics_port`` is for a Ray started here (default: any free one).  ``gpus`` limits the lanes.  On a
     machine without GPUs, the draft engine gets ``gpus`` lanes on the CPU; so does ComfyUI where it runs with
-    ``--cpu``.  Raises ``ConfigurationError`` when there is no lane.
+    ``--cpu``.  Raises ``ConfigurationError`` when there is no lane, and the cluster grows none.
     """
     check_gpus(gpus)
     # Read when Ray's processes start: no telemetry, engines at normal priority.
@@ -139,7 +139,10 @@ def cluster(settings: Settings, gpus: int | None, metrics_port: int | None = Non
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         found = int(resources.get("GPU", 0))
         lanes = found if gpus is None else min(gpus, found)
-        if lanes == 0:
+        if lanes == 0 and settings.max_gpus and settings.ray_address != "local":
+            log.info("no GPU is there yet; the cluster is asked for up to %d", settings.max_gpus)
+            lanes = settings.max_gpus if gpus is None else min(gpus, settings.max_gpus)
+        elif lanes == 0:
             remedy = (
                 "start its nodes with `ray start --num-gpus N`: without GPUs these are lanes on the CPU"
                 if on_cpu
@@ -147,7 +150,7 @@ def cluster(settings: Settings, gpus: int | None, metrics_port: int | None = Non
                 "INFINITETALK_COMFYUI_ARGS=--cpu lets ComfyUI run on the CPU (very slow)"
             )
             raise ConfigurationError(f"Ray ({settings.ray_address}) found no GPU; {remedy}")
-        if gpus is not None and gpus > found:
+        elif gpus is not None and gpus > found:
             log.warning("%d GPUs were asked for, %d are there", gpus, found)
         yield lanes
     finally:

@@ -18,7 +18,14 @@ from actors.pool_client import PoolClient
 from pipeline import ffmpeg
 from pipeline.dispatch import Renderers
 from pipeline.engine import choose_engine, engine_kind
-from pipeline.errors import ConfigurationError, InvalidRequest, JobCancelled, PipelineError, StorageError
+from pipeline.errors import (
+    ConfigurationError,
+    InvalidRequest,
+    JobCancelled,
+    JobInUse,
+    PipelineError,
+    StorageError,
+)
 from pipeline.job import JobDirectory, job_id, storage_errors
 from pipeline.models import packs_of
 from pipeline.plan import Plan
@@ -120,7 +127,7 @@ def render(
     except (PipelineError, KeyboardInterrupt) as error:
         if job.has_segments or (job.voice.exists() and not isinstance(error, InvalidRequest)):
             log.warning("what is finished is kept in %s; the same command goes on with the rest", job.path)
-        elif job_dir is None and not (isinstance(error, InvalidRequest) and error.field == "job"):
+        elif job_dir is None and not isinstance(error, JobInUse):
             job.remove()
         if isinstance(error, KeyboardInterrupt):
             raise JobCancelled(name) from None

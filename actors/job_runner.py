@@ -30,6 +30,7 @@ from pipeline.errors import (
     EngineError,
     InvalidRequest,
     JobCancelled,
+    JobInUse,
     PipelineError,
     RenderFailed,
     code_of,
@@ -203,13 +204,17 @@ class JobRunner:
                     limit = job.execution_seconds or 0
                     said = _error("timed_out", f"the job took longer than the {limit:g} s it may take")
             except InvalidRequest as error:
-                if error.field == "job" and job.attempt < MAX_ATTEMPTS:
+                if isinstance(error, JobInUse) and job.attempt < MAX_ATTEMPTS:
                     # A runner that is not quite dead holds its directory, or a thread that is just ending.
                     watch.stop.wait(HELD_SECONDS)
                     store.index.requeue(job.id, holder, counts=True)
                     return
                 said = _error(code_of(error), str(error), error.field)
             except PipelineError as error:
+                if watch.reason == "stopping":  # what it used was ended with this runner
+                    log.info("job %s stops: %s", job.id, error, extra={"job": job.id})
+                    store.index.requeue(job.id, holder)
+                    return
                 if (
                     isinstance(error, RenderFailed | EngineError | ConfigurationError)
                     and self._pool_is_empty()
@@ -277,6 +282,8 @@ class JobRunner:
         except JobCancelled:
             raise
         except PipelineError as error:
+            if watch.reason == "stopping" or (isinstance(error, JobInUse) and job.attempt < MAX_ATTEMPTS):
+                raise
             log.error("the redo failed: %s", error, extra={"job": job.id})
             return {**(job.result or {}), "redo": {"success": False, "message": str(error)}}
         result: dict[str, Any] = json.loads(JobDirectory(work).result.read_text())

@@ -116,12 +116,12 @@ class PoolClient:
         """Call the pool without waiting for an answer."""
         getattr(self._pool, method).remote(*arguments)
 
-    def start(self) -> Sequence[RendererInfo]:
-        """Wait until all engines answer that can; who the renderers are.
+    def start(self, tick: Callable[[], None] = lambda: None) -> Sequence[RendererInfo]:
+        """Wait until all engines answer that can; who the renderers are.  ``tick`` is called meanwhile.
 
         Raises the error of the first engine where none starts.
         """
-        return _once_started(lambda: self.ask("renderers"), math.inf)
+        return _once_started(lambda: self.ask("renderers"), math.inf, tick)
 
     def gpus(self) -> int:
         """GPUs whose engine answers or is being started."""

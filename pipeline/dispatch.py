@@ -97,9 +97,9 @@ def render_all(
 
     ``planned``: the lanes that the GPUs of the plan stand for.  ``sent`` hears of each task that goes out.
     A segment of which windows are left (``RenderedSegment.left``) goes on with another task.  One whose
-    renderer is lost gets another try on another lane, ``max_attempts`` for each task; a lane that lost that
-    many in a row is left alone.  Any other error ends the job: ``RenderFailed`` with the segment and what its
-    renderer said.  Whatever ends the iteration cancels what is still in work.
+    renderer is lost, or has no room on its disk, gets another try on another lane, ``max_attempts`` for each
+    task; a lane that lost that many in a row is left alone.  Any other error ends the job: ``RenderFailed``
+    with the segment and what its renderer said.  Whatever ends the iteration cancels what is still in work.
 
     ``tick`` gets the segments in work and their lanes several times a second, and says which of them are held
     up: when nothing waits, those are run a second time, once, and the slower run is cancelled.
@@ -141,15 +141,15 @@ def render_all(
                 others = [other for other in running if running[other][0].segment is attempt.segment]
                 try:
                     rendered = future.result()
-                except RendererLost as lost:
-                    reason = lost.reason
+                except (RendererLost, StorageError) as lost:  # a full disk is its node's alone
+                    reason = lost.reason if isinstance(lost, RendererLost) else str(lost)
                     losses[lane] += 1
                     if others:
                         log.warning("segment %d lost one of its two runs: %s", attempt.segment.index, reason)
                     else:
                         waiting = [entry for entry in waiting if entry.segment is not attempt.segment]
                         waiting.append(_another_try(attempt, lane, lost, max_attempts))
-                except (StorageError, JobCancelled):
+                except JobCancelled:
                     raise
                 except PipelineError as error:
                     raise RenderFailed(attempt.segment.index, f"GPU {lane}: {error}") from error
@@ -197,13 +197,18 @@ def _unwanted(waiting: Sequence[_Attempt], lanes: frozenset[int], usable: frozen
     )
 
 
-def _another_try(attempt: _Attempt, lane: int, lost: RendererLost, max_attempts: int) -> _Attempt:
+def _another_try(
+    attempt: _Attempt, lane: int, lost: RendererLost | StorageError, max_attempts: int
+) -> _Attempt:
+    reason = lost.reason if isinstance(lost, RendererLost) else str(lost)
     if attempt.number >= max_attempts:
-        raise RenderFailed(attempt.segment.index, f"lost {attempt.number} renderers; {lost.reason}") from lost
+        if isinstance(lost, StorageError):
+            raise lost
+        raise RenderFailed(attempt.segment.index, f"lost {attempt.number} renderers; {reason}") from lost
     log.warning(
         "segment %d lost its renderer and gets another try: %s",
         attempt.segment.index,
-        lost.reason,
+        reason,
         extra={"segment": attempt.segment.index, "gpu": lane, "attempt": attempt.number + 1},
     )
     return _Attempt(attempt.segment, attempt.number + 1, attempt.lost_on | {lane})

@@ -2,6 +2,7 @@
 
     PipelineError
       InvalidRequest       the caller can fix it: a file, a size, an option
+        JobInUse           another process has the job's directory
       ConfigurationError   the operator can fix it: an engine, a port range, ffmpeg
       StorageError         no space left, or a place that can't be written
       WorkflowError        a workflow file and the code disagree
@@ -50,6 +51,14 @@ class InvalidRequest(PipelineError):
 
     def __str__(self) -> str:
         return f"{self.field}: {self.reason}"
+
+
+class JobInUse(InvalidRequest):
+    """Another process holds the job's directory; later it may be free."""
+
+    def __init__(self, path: str) -> None:
+        PipelineError.__init__(self, path)
+        self.field, self.reason = "job", f"{path} is being rendered by another process"
 
 
 class ConfigurationError(PipelineError):

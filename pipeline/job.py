@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import InvalidRequest, StorageError
+from pipeline.errors import InvalidRequest, JobInUse, StorageError
 from pipeline.plan import Plan
 from pipeline.request import RenderRequest
 
@@ -169,7 +169,7 @@ class JobDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the job: a second process on the same directory gets an ``InvalidRequest``."""
+        """Hold the job: a second process on the same directory gets a ``JobInUse``."""
         with storage_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -177,7 +177,7 @@ class JobDirectory:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(lock)
-            raise InvalidRequest("job", f"{self.path} is being rendered by another process") from None
+            raise JobInUse(str(self.path)) from None
         try:
             with storage_errors(self.path):
                 for folder in (self.path / "inputs", self.path / "segments"):

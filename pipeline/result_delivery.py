@@ -37,4 +37,7 @@ def deliver(store: JobStore, job: Job) -> dict[str, Any]:
     except PipelineError as error:
         log.error("the video could not be copied: %s", error, extra={"job": job.id})
         told["delivery_error"] = str(error)
+    except Exception as error:
+        log.exception("the video could not be copied", extra={"job": job.id})
+        told["delivery_error"] = f"{type(error).__name__}: an error inside the service; its log tells more"
     return told

@@ -196,6 +196,18 @@ def test_a_full_disk_is_told_as_it_is(error: Exception) -> None:
         run(work, segments(1), lanes=1)
 
 
+def test_a_full_disk_of_one_node_is_not_the_others() -> None:
+    """The segment gets another try on a lane of another node."""
+
+    def work(_segment: int, _attempt: int, lane: int) -> None:
+        if lane == 0:
+            raise StorageError("/scratch", "No space left on device")
+
+    indices, renderers = run(work, segments(1), lanes=2)
+    assert indices == [0]
+    assert [lane for _, _, lane in renderers.log] == [0, 1]
+
+
 def test_a_cancelled_segment_cancels_the_job() -> None:
     """A renderer that was told to stop does not get its segment back."""
 
