@@ -7,7 +7,7 @@ WORKERS ?= 3
 # Pins of everything that the pinned packages bring along.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check bench test-comfyui test-faults programs clean
+.PHONY: demo test check bench test-comfyui test-long programs clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -44,9 +44,9 @@ bench: .venv/dev
 test-comfyui: .venv/dev
 	COMFYUI_DIR="$(COMFYUI_DIR)" COMFYUI_PYTHON="$(COMFYUI_PYTHON)" $(BIN)/pytest -m comfyui tests
 
-# Faults that need a cluster of their own: the head (with Redis: Debian's redis-server), a network cut in two (root).
-test-faults: .venv/dev
-	TEST_FAULTS=1 $(BIN)/pytest tests/test_faults.py tests/test_faults_alone.py
+# Kills, crashes and clusters, many minutes together.  Some need Debian's redis-server, or root (a network cut in two).
+test-long: .venv/dev programs
+	TEST_LONG=1 $(BIN)/pytest -m long tests
 
 clean:
 	rm -rf .venv out build *.egg-info

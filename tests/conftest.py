@@ -34,15 +34,15 @@ SHARED = ROOT.parent / "shared"
 collect_ignore = ["comfyui_nodes"]  # for ComfyUI, not for pytest
 
 LEFT_OUT = pytest.StashKey[dict[str, int]]()
-OPTED_IN = {"comfyui": bool(CHECKOUT), "faults": bool(os.environ.get("TEST_FAULTS"))}
+OPTED_IN = {"comfyui": bool(CHECKOUT), "long": bool(os.environ.get("TEST_LONG"))}
 """Markers of tests that run only where somebody asks for them."""
 REASONS = {
     "comfyui": "no real ComfyUI given: make test-comfyui COMFYUI_DIR=...",
-    "faults": "minutes on clusters of their own: make test-faults",
+    "long": "kills, crashes and clusters, many minutes together: make test-long",
 }
 LONGEST = (
-    *("test_crashes", "test_end_to_end", "test_serve", "test_refusals"),
-    *("test_faults", "test_pool_jobs", "test_pool", "test_modes", "test_page", "test_cluster"),
+    *("test_pool_jobs", "test_serve", "test_page", "test_batch", "test_modes", "test_crashes"),
+    *("test_pool", "test_end_to_end", "test_refusals", "test_cluster", "test_runpod_worker"),
 )
 """Files that parallel runs begin with: one that takes minutes must not be the last."""
 

@@ -33,7 +33,7 @@ MODELS = {
 ORDER = ["7", "3", "5", "8", "6", "2", "10", "9", "4", "1", "11", "100", "101", "102", "900", "901", "902"]
 """In which a real ComfyUI executed the nodes of ``window``."""
 
-ANSWER_SECONDS = 60
+ANSWER_SECONDS = 120
 """A real ComfyUI that loads weights on a busy machine says nothing for long."""
 
 Graph = dict[str, dict[str, Any]]

@@ -16,7 +16,7 @@ OWN = {"state", "outcome", "verdict", "gpu", "node", "profile", "reason", "route
 def scrape(url: str) -> Samples:
     """Our samples by name and own labels, summed over processes, as Prometheus reads them."""
     found: Samples = {}
-    for family in text_string_to_metric_families(requests.get(url, timeout=10).text):
+    for family in text_string_to_metric_families(requests.get(url, timeout=120).text):
         for sample in family.samples:
             if sample.name.startswith("ray_infinitetalk_"):
                 labels = {(k, v) for k, v in sample.labels.items() if k in OWN}
@@ -25,7 +25,7 @@ def scrape(url: str) -> Samples:
     return found
 
 
-def until(url: str, holds: Callable[[Samples], Any], seconds: float = 20) -> Samples:
+def until(url: str, holds: Callable[[Samples], Any], seconds: float = 120) -> Samples:
     """The first page on which something holds."""
     deadline = time.monotonic() + seconds
     while True:

@@ -62,7 +62,7 @@ class Command:
             self.lines.append("(end)")
             self._news.notify_all()
 
-    def wait_for(self, pattern: str, seconds: float = 120) -> str:
+    def wait_for(self, pattern: str, seconds: float = 300) -> str:
         """The first line of the log that has ``pattern`` in it."""
 
         def found() -> str | None:
@@ -106,7 +106,7 @@ def samples(path: Path) -> int:
         return sum(part.samples for part in [*parts, *resampler.resample(None)])
 
 
-def wait_for_window(folder: Path, window: int, seconds: float = 120) -> None:
+def wait_for_window(folder: Path, window: int, seconds: float = 300) -> None:
     """Wait until this window of every segment that is planned is stored in the job's directory."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

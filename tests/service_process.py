@@ -18,7 +18,7 @@ import requests
 from tests.draft_process import ROOT
 from tests.free_ports import free_port
 
-READY_SECONDS = 180.0
+READY_SECONDS = 300.0
 TOKEN = "anna:secret-of-anna"
 HEADERS = {"Authorization": "Bearer secret-of-anna"}
 
@@ -37,11 +37,11 @@ class Service:
 
     def post(self, path: str, **more: Any) -> requests.Response:
         """POST with Anna's token."""
-        return requests.post(self.url + path, timeout=30, **{"headers": HEADERS} | more)
+        return requests.post(self.url + path, timeout=120, **{"headers": HEADERS} | more)
 
     def get(self, path: str, **more: Any) -> requests.Response:
         """GET with Anna's token."""
-        return requests.get(self.url + path, timeout=30, **{"headers": HEADERS} | more)
+        return requests.get(self.url + path, timeout=120, **{"headers": HEADERS} | more)
 
     def submit(self, frames: int, speech_of: Callable[[int], Path], **more: Any) -> str:
         """A small job of so many frames; its id."""
@@ -61,7 +61,7 @@ class Service:
         return found
 
     def until(
-        self, job: str, holds: Callable[[dict[str, Any]], bool], seconds: float = 120
+        self, job: str, holds: Callable[[dict[str, Any]], bool], seconds: float = 300
     ) -> dict[str, Any]:
         """Wait for something to hold; fails with the job as it is then."""
         deadline = time.monotonic() + seconds
@@ -73,7 +73,7 @@ class Service:
             time.sleep(0.1)
         raise AssertionError(f"not within {seconds} s: {self.job(job)}")
 
-    def until_over(self, job: str, seconds: float = 120) -> dict[str, Any]:
+    def until_over(self, job: str, seconds: float = 300) -> dict[str, Any]:
         """Wait for the end."""
         return self.until(job, lambda found: found["state"] in ("completed", "failed", "cancelled"), seconds)
 
@@ -106,7 +106,7 @@ def running_service(
             assert process.poll() is None, log.read_text()[-3000:]
             assert time.monotonic() < deadline, log.read_text()[-3000:]
             with suppress(requests.ConnectionError, requests.Timeout):  # a busy machine is slow at first
-                if requests.get(service.url + "/ready", timeout=5).status_code == 200:
+                if requests.get(service.url + "/ready", timeout=120).status_code == 200:
                     break
             time.sleep(0.2)
         yield service

@@ -75,7 +75,7 @@ def test_an_address_without_ray_is_told(portrait: Path, speech_of: SpeechOf, tmp
         address = f"127.0.0.1:{free.getsockname()[1]}"
     arguments = ["--image", portrait, "--audio", speech_of(30), "-o", tmp_path / "talk.mp4"]
     command = Command(tmp_path, arguments, INFINITETALK_RAY_ADDRESS=address)
-    assert command.finish(120) == 3
+    assert command.finish(150) == 3
     assert f"can't join Ray at {address}" in command.log
     assert "Traceback" not in command.log
 

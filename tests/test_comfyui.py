@@ -117,8 +117,8 @@ def test_ctrl_c_ends_every_process(
     engines = engines_of(job)
     assert len(engines) == 2
     job.process.send_signal(signal.SIGINT)
-    assert job.finish(60) == 130, job.log
-    assert wait_gone(engines, 10) == []
+    assert job.finish(150) == 130, job.log
+    assert wait_gone(engines, 60) == []
     assert not (tmp_path / "talk.mp4").exists()
     assert left_over(job, processes_with) == []
 
@@ -238,7 +238,7 @@ def test_a_cancelled_job_leaves_its_engines_idle_and_empty(
     idle_after: dict[str, float] = {}
 
     def watch(engine: str, began: float) -> None:
-        while requests.get(f"{engine}/prompt", timeout=60).json()["exec_info"]["queue_remaining"]:
+        while requests.get(f"{engine}/prompt", timeout=120).json()["exec_info"]["queue_remaining"]:
             time.sleep(0.02)
         idle_after[engine] = time.monotonic() - began
 
@@ -264,8 +264,8 @@ def test_a_cancelled_job_leaves_its_engines_idle_and_empty(
     assert max(idle_after.values()) < CANCEL_SECONDS
     assert list(tmp_path.iterdir()) == []
     for engine in engines:
-        assert requests.get(f"{engine}/history", timeout=60).json() == {}
-        argv = requests.get(f"{engine}/system_stats", timeout=60).json()["system"]["argv"]
+        assert requests.get(f"{engine}/history", timeout=120).json() == {}
+        argv = requests.get(f"{engine}/system_stats", timeout=120).json()["system"]["argv"]
         base = Path(argv[argv.index("--base-directory") + 1])
         assert [path for name in ("input", "output") for path in (base / name).rglob("*")] == []
         assert list(base.glob("segment-*")) == []

@@ -102,7 +102,7 @@ def test_a_window_takes_the_time_that_was_asked_for(tmp_path: Path) -> None:
 
 def exit_of(*flags: str) -> tuple[int, str]:
     command = [sys.executable, "-m", "pipeline.draft", *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     return done.returncode, done.stdout + done.stderr
 
 

@@ -131,7 +131,7 @@ def test_a_video_conditions_each_window(speech_of: SpeechOf, tmp_path: Path, war
 
 
 @pytest.mark.skipif(not (SHARED / "data").exists(), reason="the shared example media are not here")
-@pytest.mark.parametrize("lanes", [1, 2, 4])
+@pytest.mark.parametrize("lanes", [*(pytest.param(n, marks=pytest.mark.long) for n in (1, 2)), 4])
 def test_the_real_example_on_several_renderers(
     render: Callable[..., Command], tmp_path: Path, lanes: int, warm: dict[str, str]
 ) -> None:

@@ -10,18 +10,7 @@ import pytest
 from tests.fault_cases import CASES, cluster_of
 from tests.fault_cluster import Cluster
 
-pytestmark = pytest.mark.timeout(400)
-ELSEWHERE = {
-    "engine": "test_crashes",
-    "renderer": "test_pool",
-    "node": "test_cluster",
-    "driver": "test_crashes",
-    "hang": "test_pool",
-}
-"""Faults that every run of the tests meets in another file; here they come with `make test-faults`."""
-FAULTS = [
-    pytest.param(name, marks=[pytest.mark.faults] if name in ELSEWHERE else [], id=name) for name in CASES
-]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +19,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield started
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", CASES)
 def test_a_fault_costs_a_window_and_no_job(cluster: Cluster, fault: str) -> None:
     """The job ends with its whole video; no finished window is rendered twice but the lost segments' last."""
     if fault == "disk" and os.geteuid() != 0:

@@ -8,10 +8,9 @@ import pytest
 
 from tests.fault_alone import ALONE, missing_for
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
 
-@pytest.mark.faults
 @pytest.mark.parametrize("fault", ALONE)
 def test_a_head_or_a_network_that_breaks_loses_nothing(tmp_path: Path, fault: str) -> None:
     """The head comes back with or without its state, a node is cut off: the job goes on with what is kept."""

@@ -16,8 +16,6 @@ from pipeline.job_index import JobIndex
 from pipeline.job_records import JOBS
 from tests.service_process import Service, kill_all, running_service
 
-pytestmark = pytest.mark.timeout(240)
-
 
 def held(url: str, pids: list[int]) -> list[str]:
     """The jobs in progress whose runner is one of these processes."""
@@ -28,6 +26,7 @@ def held(url: str, pids: list[int]) -> list[str]:
     return [row.id for row in rows if int(row.runner.split("-")[-2]) in pids]
 
 
+@pytest.mark.long
 def test_a_head_finishes_what_a_dead_one_has_begun(
     postgres: str,
     tmp_path: Path,
@@ -61,7 +60,7 @@ def test_a_head_finishes_what_a_dead_one_has_begun(
         assert kill_all(first)
         dying.process.wait()
         assert begun and any(kept.values())
-        done = {job: living.until_over(job, 90) for job in jobs}
+        done = {job: living.until_over(job) for job in jobs}
 
     index = JobIndex(postgres)
     for job, found in done.items():

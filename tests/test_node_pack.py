@@ -75,7 +75,7 @@ def test_the_draft_engine_offers_it_through_the_link(tmp_path: Path) -> None:
         with running_engine(choose_engine(settings), settings) as engine:
             link = engine.base_dir / "custom_nodes" / NODE_PACK.name
             assert link.is_symlink() == pack
-            info = requests.get(f"{engine.url}/object_info/InfiniteTalkSpeech", timeout=10).json()
+            info = requests.get(f"{engine.url}/object_info/InfiniteTalkSpeech", timeout=120).json()
         if not pack:
             assert info == {}
             continue

@@ -30,7 +30,6 @@ from tests.fault_cases import speech
 from tests.fault_cluster import ROOT, Cluster, PoolLook, Watch, engines, run_command, submit, until
 from tests.test_segment import START, task_of, wav
 
-pytestmark = pytest.mark.timeout(300)
 SHORT = {"frames": 81, "head": 81, "windows": (81,), "speech": (wav(START, 81),)}
 LONG = {
     "frames": 9 + 72 * 20,
@@ -71,7 +70,7 @@ def open_pool(cluster: Cluster) -> Iterator[Callable[..., PoolClient]]:
 
 def hold(renderers: LeasedRenderers, *lanes: int) -> None:
     """Wait until the job has just these lanes."""
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 150
     others = frozenset(range(4)) - set(lanes)
     while renderers.lanes().ready != set(lanes):
         assert time.monotonic() < deadline, renderers.lanes()
@@ -109,7 +108,7 @@ def test_a_short_job_starts_within_one_segment(open_pool: Callable[..., PoolClie
         return len(list(segments.glob("[0-9]" * 4)))
 
     with ThreadPoolExecutor(2) as threads:
-        long = threads.submit(render_with, pool, tmp_path, 4000, "long")
+        long = threads.submit(render_with, pool, tmp_path, 2400, "long")
         until(lambda: any(segments.glob("*.windows/*")), 60)
         before = finished()
         short = threads.submit(render_with, pool, tmp_path, 60, "short")
@@ -117,7 +116,7 @@ def test_a_short_job_starts_within_one_segment(open_pool: Callable[..., PoolClie
         # One segment's end gives the lane; the other lane may have had one, too, and one is on its way.
         assert finished() - before <= 3
         assert not long.done()
-        assert long.result()[0].frames == 4000
+        assert long.result()[0].frames == 2400
 
 
 def test_a_job_takes_no_more_than_it_may(open_pool: Callable[..., PoolClient]) -> None:
@@ -145,7 +144,7 @@ def test_a_job_of_priority_leaves_the_others_as_they_were(
         with pool.job("urgent", priority=25) as urgent:
             hold(urgent, 0)
         until(lambda: len(pool.ask("status")["jobs"]) == 1, 20)
-        plain.submit(task_of(portrait, **SHORT), 1).result(60)
+        plain.submit(task_of(portrait, **SHORT), 1).result(150)
         until(lambda: [lane["state"] for lane in PoolLook().status()["lanes"]] == ["idle", "idle"], 20)
 
 
@@ -164,6 +163,7 @@ def test_a_job_is_cancelled_while_engines_start(open_pool: Callable[..., PoolCli
     assert set(told) == {"preparing", "starting"}
 
 
+@pytest.mark.long
 def test_who_was_thought_dead_disturbs_nobody(open_pool: Callable[..., PoolClient], portrait: Path) -> None:
     """A job whose GPU was taken back and given away: its work is lost, its next call does nothing there."""
     pool = open_pool("--draft-window-seconds 0.5")
@@ -175,7 +175,7 @@ def test_who_was_thought_dead_disturbs_nobody(open_pool: Callable[..., PoolClien
         sleeper = asleep._entry.job
         asleep._pool.ask("leave", sleeper)  # as the pool does by itself after SILENT_SECONDS
         with pytest.raises(RendererLost, match="taken back"):
-            working.result(30)
+            working.result(150)
         stale = dict(asleep._held)
         hold(other, 0, 1)
         mine = other.submit(task_of(portrait, **LONG), 1)
@@ -187,7 +187,7 @@ def test_who_was_thought_dead_disturbs_nobody(open_pool: Callable[..., PoolClien
             assert ray.get(loan.renderer.windows.remote(loan.lease.number, 3, 0)) == ()
             assert ray.get(loan.renderer.progress.remote(loan.lease.number)) is None
             loan.renderer.cancel.remote(loan.lease.number)
-        rendered = mine.result(120)
+        rendered = mine.result(150)
         assert len(rendered.window_seconds) == 20
         if loan is not None:
             with pytest.raises(ray.exceptions.RayTaskError, match="JobCancelled"):
@@ -205,7 +205,7 @@ def test_a_gpu_that_fails_three_jobs_is_fenced_off(
         with pool.job(f"job{number}") as job:
             hold(job, 0)
             with pytest.raises(RendererLost, match="exit code -9"):
-                job.submit(task_of(portrait, **SHORT), 0).result(60)
+                job.submit(task_of(portrait, **SHORT), 0).result(150)
     until(lambda: PoolLook().status()["lanes"][0]["state"] == "fenced", 10)
     with pool.job("another") as job:
         job.want(2)
@@ -232,6 +232,7 @@ def test_an_idle_engine_that_dies_is_replaced(open_pool: Callable[..., PoolClien
     assert PoolLook().status()["lanes"][1]["restarts"] == 1
 
 
+@pytest.mark.long
 def test_memory_that_a_failure_left_behind_is_noticed(
     open_pool: Callable[..., PoolClient], portrait: Path, cluster: Cluster
 ) -> None:
@@ -241,16 +242,16 @@ def test_memory_that_a_failure_left_behind_is_noticed(
     known = {pid for pid, _ in engines(f"TEST_MARK={cluster.mark}")}
     with pool.job("job") as job:
         hold(job, 0)
-        job.submit(task_of(portrait, **SHORT), 0).result(60)
+        job.submit(task_of(portrait, **SHORT), 0).result(150)
         hold(job, 0)
         other = replace(task_of(portrait).recipe, seed=8)  # the engine still has the first one's frames
         with pytest.raises(GraphError, match="leaks memory"):
-            job.submit(task_of(portrait, **SHORT, recipe=other), 0).result(60)
+            job.submit(task_of(portrait, **SHORT, recipe=other), 0).result(150)
         now = {pid for pid, _ in engines(f"TEST_MARK={cluster.mark}")}
         assert len(known & now) == 1
         assert len(now) == 2
         hold(job, 0)
-        assert job.submit(task_of(portrait, **SHORT), 0).result(60).left == 0
+        assert job.submit(task_of(portrait, **SHORT), 0).result(150).left == 0
 
 
 def test_a_gpu_with_a_cuda_error_is_left(open_pool: Callable[..., PoolClient], portrait: Path) -> None:
@@ -260,7 +261,7 @@ def test_a_gpu_with_a_cuda_error_is_left(open_pool: Callable[..., PoolClient], p
     with pool.job("job") as job:
         hold(job, 0)
         with pytest.raises(RendererLost, match=r"the GPU failed in .*KSampler.*CUDA error"):
-            job.submit(task_of(portrait), 0).result(60)
+            job.submit(task_of(portrait), 0).result(150)
 
 
 def test_other_settings_wait_for_the_jobs_in_the_pool(open_pool: Callable[..., PoolClient]) -> None:
@@ -324,6 +325,7 @@ def pool_is_gone() -> bool:
     return False
 
 
+@pytest.mark.long
 def test_another_versions_pool_takes_over(open_pool: Callable[..., PoolClient], portrait: Path) -> None:
     """The old pool keeps its job's lane and gives the other one up; with the job over, it is gone."""
     old = open_pool("--draft-window-seconds 0.3")
@@ -333,7 +335,7 @@ def test_another_versions_pool_takes_over(open_pool: Callable[..., PoolClient], 
         working = job.submit(task_of(portrait, **LONG), 1)
         until(lambda: len(ray.get(new.renderers.remote())[1]) == 1, 60)
         assert not working.done()
-        assert working.result(120).left == 0
+        assert working.result(150).left == 0
         job.close()
         until(lambda: len(ray.get(new.renderers.remote())[1]) == 2, 60)
         until(pool_is_gone, 20)
@@ -353,6 +355,7 @@ class pool_of_another_version:
         ray.kill(self._pool)
 
 
+@pytest.mark.long
 def test_nodes_come_and_go_under_a_job(
     open_pool: Callable[..., PoolClient], cluster: Cluster, tmp_path: Path
 ) -> None:
@@ -385,7 +388,7 @@ def test_nodes_come_and_go_under_a_job(
             enough.set()
             watch.over.set()
         with pytest.raises(JobCancelled):
-            job.result(60)
+            job.result(150)
 
 
 def test_an_autoscaling_cluster_is_asked_by_the_queue(
@@ -409,6 +412,7 @@ def test_an_autoscaling_cluster_is_asked_by_the_queue(
     until(lambda: not engines(f"TEST_MARK={cluster.mark}"), 40)
 
 
+@pytest.mark.long
 def test_unequal_gpus_get_unequal_segments(open_pool: Callable[..., PoolClient], tmp_path: Path) -> None:
     """Speeds are learned by rendering, kept in the file, and shape the next job; a straggler is run twice."""
     speeds = tmp_path / "speeds.json"
@@ -423,7 +427,7 @@ def test_unequal_gpus_get_unequal_segments(open_pool: Callable[..., PoolClient],
     with pool.job("learn") as job:
         for lane in (0, 1):
             hold(job, lane)
-            job.submit(task_of(portrait, **SHORT), lane).result(60)
+            job.submit(task_of(portrait, **SHORT), lane).result(150)
 
     def known() -> list[float]:
         return [lane["speed"] for lane in PoolLook().status()["lanes"]]

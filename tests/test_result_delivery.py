@@ -56,8 +56,8 @@ def test_a_signed_link_gives_the_video(s3: tuple[Bucket, Path], tmp_path: Path) 
     video.write_bytes(CONTENT)
     link = upload(video, "a/b.mp4", bucket)
     assert (folder / "a" / "b.mp4").read_bytes() == CONTENT
-    assert requests.get(link, timeout=10).content == CONTENT
-    assert not requests.get(link.partition("?")[0], timeout=10).ok
+    assert requests.get(link, timeout=120).content == CONTENT
+    assert not requests.get(link.partition("?")[0], timeout=120).ok
 
 
 def test_a_wrong_key_costs_nobody_the_video(s3: tuple[Bucket, Path], tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_a_job_is_delivered_to_its_own_bucket_and_volume(s3: tuple[Bucket, Path]
     told = deliver(store, job)
     assert Path(told["volume_path"]).read_bytes() == CONTENT
     assert (folder / f"{job.id}.mp4").read_bytes() == CONTENT
-    assert requests.get(told["video_url"], timeout=10).content == CONTENT
+    assert requests.get(told["video_url"], timeout=120).content == CONTENT
     assert "s3" not in store.index.get(job.id).extra
 
 
@@ -128,7 +128,7 @@ def test_runpods_answer_says_where_the_video_went(s3: tuple[Bucket, Path], tmp_p
             assert base64.b64decode(answer["video"]) == CONTENT
             assert "s3://videos" in answer["delivery_error"]
         else:
-            assert requests.get(answer["video_url"], timeout=10).content == CONTENT
+            assert requests.get(answer["video_url"], timeout=120).content == CONTENT
     store.index.close()
 
 

@@ -24,7 +24,7 @@ from tests.runpod_platform import Platform, running_platform
 from tests.service_process import free_port
 
 SpeechOf = Callable[[int], Path]
-READY_SECONDS = 90.0
+READY_SECONDS = 300.0
 
 
 @contextmanager
@@ -94,7 +94,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         while True:
             assert time.monotonic() < deadline, log.read_text()[-3000:]
             with suppress(requests.ConnectionError):
-                requests.get(url, timeout=5)
+                requests.get(url, timeout=120)
                 break
             time.sleep(0.2)
         yield url
@@ -102,7 +102,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def post(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
     """The local server takes POST only."""
-    answer: dict[str, Any] = requests.post(url, json=body or {}, timeout=60).json()
+    answer: dict[str, Any] = requests.post(url, json=body or {}, timeout=120).json()
     return answer
 
 

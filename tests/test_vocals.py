@@ -218,7 +218,7 @@ time.sleep(60)
         prepared(
             tmp_path, portrait, separator(tmp_path, then), cancelled, audio=mixed(tmp_path), vocals="separate"
         )
-    assert wait_gone(map(int, told.read_text().split()), 5) == []
+    assert wait_gone(map(int, told.read_text().split()), 60) == []
 
 
 def test_what_was_separated_is_kept_when_engines_do_not_start(

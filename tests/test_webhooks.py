@@ -68,7 +68,7 @@ def test_a_receiver_is_told_once_and_can_verify(store: JobStore, receiver: Threa
     receiver.answers = [500, 503]  # type: ignore[attr-defined]
     job = finished_job(store, f"http://127.0.0.1:{receiver.server_port}/hook")
     sender = WebhookSender(store, pauses=(0.01, 0.01, 0.01))
-    tries = [receiver.received.get(timeout=20) for _ in range(3)]  # type: ignore[attr-defined]
+    tries = [receiver.received.get(timeout=120) for _ in range(3)]  # type: ignore[attr-defined]
     sender.stop()
     assert store.index.due_webhook(0.0) is None
     assert receiver.received.empty()  # type: ignore[attr-defined]
@@ -84,7 +84,7 @@ def test_runpods_webhook_is_the_status(store: JobStore, receiver: ThreadingHTTPS
     """Jobs of RunPod's API tell what /status tells."""
     job = finished_job(store, f"http://127.0.0.1:{receiver.server_port}/hook", "runpod")
     sender = WebhookSender(store)
-    _, body = receiver.received.get(timeout=20)  # type: ignore[attr-defined]
+    _, body = receiver.received.get(timeout=120)  # type: ignore[attr-defined]
     sender.stop()
     told = json.loads(body)
     assert (told["id"], told["status"], told["error"]) == (job, "FAILED", "y")
@@ -96,7 +96,7 @@ def test_a_receiver_that_is_gone_is_given_up(store: JobStore, receiver: Threadin
     job = finished_job(store, f"http://127.0.0.1:{receiver.server_port}/hook")
     sender = WebhookSender(store, pauses=(0.01,))
     for _ in range(2):
-        receiver.received.get(timeout=20)  # type: ignore[attr-defined]
+        receiver.received.get(timeout=120)  # type: ignore[attr-defined]
     sender.stop()
     assert store.index.due_webhook(0.0) is None
     assert store.index.get(job).state == "failed"
@@ -107,7 +107,7 @@ def test_a_webhook_may_not_reach_private_addresses(tmp_path: Path, receiver: Thr
     store = JobStore(ServiceSettings(data_dir=tmp_path))
     finished_job(store, f"http://127.0.0.1:{receiver.server_port}/hook")
     sender = WebhookSender(store, pauses=())
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 150
     while store.index.due_webhook(0.0) is not None and time.monotonic() < deadline:
         time.sleep(0.05)
     sender.stop()
@@ -124,7 +124,7 @@ def test_a_message_that_is_none_stops_no_other(store: JobStore, receiver: Thread
     store.index.finish(lost, "r", "completed", result=told)
     sender = WebhookSender(store, pauses=())
     other = finished_job(store, url)
-    _, body = receiver.received.get(timeout=20)  # type: ignore[attr-defined]
+    _, body = receiver.received.get(timeout=120)  # type: ignore[attr-defined]
     sender.stop()
     assert json.loads(body)["data"]["id"] == other
     assert store.index.due_webhook(0.0) is None
