@@ -29,6 +29,7 @@ TICK_SECONDS = 0.2
 POLL_SECONDS = 2.0
 """How often ``/history`` is asked while the socket is open; more often when it is not."""
 POLL_SECONDS_ALONE = 0.5
+FREE_SECONDS = 0.5
 GIVE_UP_SECONDS = 1.0
 ANSWER_SECONDS = 1.0
 """A poll waits no longer than this for an answer, so that cancelling is never held up."""
@@ -133,9 +134,11 @@ class ComfyClient:
         """Ask the engine to let go of models and of cached outputs; it does so after the running prompt.
 
         ``free_memory`` unloads the models as well.  ``unload_models`` beside it would be a second flag: an
-        idle ComfyUI wakes up for the first one, and sees the second only after the next prompt.
+        idle ComfyUI wakes up for the first one, and sees the second only after the next prompt.  A prompt
+        that comes before it has woken up would still find the old ones: it gets ``FREE_SECONDS`` for it.
         """
         self._accepted(self._request("POST", "/free", json={"free_memory": True}))
+        time.sleep(FREE_SECONDS)  # nothing tells when it is done
 
     def run(
         self,

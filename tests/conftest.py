@@ -143,12 +143,14 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 
 
 @pytest.fixture(scope="session")
-def talk(tmp_path_factory: pytest.TempPathFactory, portrait: Path, speech_of: SpeechOf) -> Talk:
+def talk(
+    tmp_path_factory: pytest.TempPathFactory, portrait: Path, speech_of: SpeechOf, warm: dict[str, str]
+) -> Talk:
     """A finished run of 300 frames on two renderers."""
     folder = tmp_path_factory.mktemp("talk")
     output, speech = folder / "talk.mp4", speech_of(300)
     sizes = ["--width", SIZE, "--height", SIZE, "--json", "--gpus", 2]
-    command = Command(folder, ["--image", portrait, "--audio", speech, "-o", output, *sizes])
+    command = Command(folder, ["--image", portrait, "--audio", speech, "-o", output, *sizes], **warm)
     assert command.finish() == 0, command.log
     return command, output, speech
 

@@ -145,6 +145,7 @@ def test_exact_is_one_chain_through_a_crash(
     assert np.array_equal(decoded(output), decoded(whole))
 
 
+@pytest.mark.long
 def test_a_damaged_job_is_mended(
     render: Callable[..., Command], speech_of: SpeechOf, tmp_path: Path, warm: dict[str, str]
 ) -> None:

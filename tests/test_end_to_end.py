@@ -100,6 +100,7 @@ def test_max_frames_and_one_gpu(
     assert (command.result["gpu_count"], command.result["segments_processed"]) == (1, 1)
 
 
+@pytest.mark.long
 def test_no_gpu_is_visible_and_a_draft_does_not_care(
     render: Callable[..., Command], speech_of: SpeechOf, tmp_path: Path
 ) -> None:

@@ -25,7 +25,7 @@ WAIT = 240_000
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """A service whose windows take a moment."""
     folder = tmp_path_factory.mktemp("page")
-    slow = "--draft-window-seconds 1"
+    slow = "--draft-window-seconds 2"
     with running_service(
         folder / "data", uuid.uuid4().hex, folder / "log", INFINITETALK_DRAFT_ARGS=slow
     ) as running:
@@ -83,10 +83,10 @@ def plays(page: Page, frames: int) -> None:
 
 def test_a_video_is_made_and_played(page: Page, speech_of: Callable[[int], Path]) -> None:
     """From the files to a video that plays to its end, with lanes and a seam report."""
-    fill(page, speech_of(200))
+    fill(page, speech_of(150))
     page.get_by_role("button", name="Make the video").click()
     expect(page.locator("#lanes .part i.done").first).to_be_visible(timeout=WAIT)
-    plays(page, 200)
+    plays(page, 150)
     expect(page.locator("#seams tbody tr")).to_have_count(1)
     expect(page.locator("#jobs .completed").first).to_be_visible()
 
@@ -106,8 +106,8 @@ def test_the_front_plays_while_the_rest_renders(
     page: Page, service: Service, speech_of: Callable[[int], Path]
 ) -> None:
     """The picture moves before the job is over; at its end the player goes on with the final video."""
-    fill(page, speech_of(600))
-    page.get_by_role("button", name="Make the video").click()
+    job = service.submit(600, speech_of)
+    page.locator("#jobs button", has_text=job[:8]).click(timeout=WAIT)
     expect(page.locator("#front")).to_contain_text("of 0:24 can be watched already", timeout=WAIT)
     at = page.evaluate(
         """async () => {
@@ -119,8 +119,7 @@ def test_the_front_plays_while_the_rest_renders(
             return [video.currentTime, Math.round(video.duration), video.videoWidth > 0, scheme];
         }"""
     )
-    job = service.get("/v1/jobs").json()["jobs"][0]
-    assert job["state"] == "in_progress"
+    assert service.job(job)["state"] == "in_progress"
     assert at[0] >= 1
     assert at[1:] == [24, True, "blob:"]
     expect(page.locator("#summary")).to_contain_text("done: 600 frames", timeout=WAIT)

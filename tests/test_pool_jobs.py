@@ -100,23 +100,31 @@ def render_with(
 
 def test_a_short_job_starts_within_one_segment(open_pool: Callable[..., PoolClient], tmp_path: Path) -> None:
     """A job of one window, sent while a long one has all GPUs, is done long before that one."""
-    pool = open_pool("--draft-window-seconds 0.3")
+    pool = open_pool("--draft-window-seconds 1")
     pool.start()
     segments = tmp_path / "long" / "segments"
+    enough = threading.Event()
 
     def finished() -> int:
         return len(list(segments.glob("[0-9]" * 4)))
 
+    def until_enough(_: JobProgress) -> None:
+        if enough.is_set():
+            raise JobCancelled("long")
+
     with ThreadPoolExecutor(2) as threads:
-        long = threads.submit(render_with, pool, tmp_path, 2400, "long")
-        until(lambda: any(segments.glob("*.windows/*")), 60)
-        before = finished()
-        short = threads.submit(render_with, pool, tmp_path, 60, "short")
-        short.result()
-        # One segment's end gives the lane; the other lane may have had one, too, and one is on its way.
-        assert finished() - before <= 3
-        assert not long.done()
-        assert long.result()[0].frames == 2400
+        try:
+            long = threads.submit(render_with, pool, tmp_path, 6000, "long", on_progress=until_enough)
+            until(lambda: any(segments.glob("*.windows/*")), 60)
+            before = finished()
+            assert render_with(pool, tmp_path, 60, "short")[0].frames == 60
+            # One segment's end gives the lane; the other lane may have had one, too, and one is on its way.
+            assert finished() - before <= 3
+            assert not long.done()
+        finally:
+            enough.set()
+        with pytest.raises(JobCancelled):
+            long.result(150)
 
 
 def test_a_job_takes_no_more_than_it_may(open_pool: Callable[..., PoolClient]) -> None:
@@ -195,6 +203,7 @@ def test_who_was_thought_dead_disturbs_nobody(open_pool: Callable[..., PoolClien
         until(lambda: 1 not in asleep._held or asleep._held[1].lease != stale[1].lease, 20)
 
 
+@pytest.mark.long
 def test_a_gpu_that_fails_three_jobs_is_fenced_off(
     open_pool: Callable[..., PoolClient], portrait: Path, cluster: Cluster
 ) -> None:
@@ -264,6 +273,7 @@ def test_a_gpu_with_a_cuda_error_is_left(open_pool: Callable[..., PoolClient], p
             job.submit(task_of(portrait), 0).result(150)
 
 
+@pytest.mark.long
 def test_other_settings_wait_for_the_jobs_in_the_pool(open_pool: Callable[..., PoolClient]) -> None:
     """Used: an error that names the setting.  Idle: the pool is started anew with them.
 

@@ -94,6 +94,7 @@ def test_an_engine_that_never_starts_is_told_with_its_log(
     assert command.result["error"] == "EngineError"
 
 
+@pytest.mark.long
 def test_out_of_memory_names_the_node_and_ends_the_job(
     render: Callable[..., Command], speech_of: SpeechOf, tmp_path: Path
 ) -> None:
@@ -113,6 +114,7 @@ def test_out_of_memory_names_the_node_and_ends_the_job(
     assert not (tmp_path / "talk.mp4").exists()
 
 
+@pytest.mark.long
 def test_a_full_range_of_ports_is_told(
     render: Callable[..., Command], speech_of: SpeechOf, tmp_path: Path
 ) -> None:

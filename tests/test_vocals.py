@@ -221,6 +221,7 @@ time.sleep(60)
     assert wait_gone(map(int, told.read_text().split()), 60) == []
 
 
+@pytest.mark.long
 def test_what_was_separated_is_kept_when_engines_do_not_start(
     render: Callable[..., Command], tmp_path: Path
 ) -> None:
