@@ -63,10 +63,18 @@ DIED_WITHIN_SECONDS = 2.0
 OLD_PROMPT_SECONDS = 20.0
 """How long a prompt that was cancelled may go on: its step on a large video takes as long."""
 UNLOAD_SECONDS = 5.0
+DRAFT_NICENESS = 10
+"""A draft's frames come a hundred times as fast as a GPU's: clients need not wait for them to be taken."""
 LEFT_BEHIND = 0.15
 """Share of the memory that may stay in use after everything was unloaded: CUDA keeps some for itself."""
 
 log = logging.getLogger(__name__)
+
+
+def _step_back() -> None:
+    """Lower the priority of this whole process: on Linux, ``os.nice`` is the calling thread's alone."""
+    for thread in Path("/proc/self/task").iterdir():
+        os.setpriority(os.PRIO_PROCESS, int(thread.name), DRAFT_NICENESS)
 
 
 class Renderer:
@@ -79,6 +87,8 @@ class Renderer:
         self._lane, self._settings, self._index = lane, settings, index
         self._node = socket.gethostname()
         write_json_logs(settings.log, node=self._node, gpu=lane)
+        if engine_kind(settings) == "draft":
+            _step_back()
         self._open = ExitStack()
         self._info: RendererInfo | None = None
         self._clock: metrics.LaneClock | None = None

@@ -521,8 +521,7 @@ def _make_sqlite_dependable(engine: sa.Engine) -> None:
     @sa.event.listens_for(engine, "begin")
     def begun(connection: sa.Connection) -> None:
         options = connection.get_execution_options()
-        if options.get("reads"):
-            connection.exec_driver_sql("BEGIN")
+        if options.get("reads"):  # one query each: it needs no transaction around it
             return
         # What is written lazily reaches the disk with the next commit that does not.
         flush = "NORMAL" if options.get("lazily") else "FULL"

@@ -141,10 +141,14 @@ def view(standing: Standing, request: Request) -> JobView:
     )
 
 
+def reads_of(request: Request) -> JobReads:
+    reads: JobReads = request.app.state.reads
+    return reads
+
+
 async def own_standing(job: str, request: Request, owner: Owner) -> Standing:
     """A job of the caller's; others' do not exist for them."""
-    reads: JobReads = request.app.state.reads
-    found = await reads.standing(job)
+    found = await reads_of(request).standing(job)
     if found.job.owner != owner:
         raise JobNotFound(job)
     return found
@@ -253,7 +257,7 @@ async def create(
     job, created = await asyncio.to_thread(submit, store, submission)
     response.status_code = 202 if created else 200
     response.headers["Location"] = f"/v1/jobs/{job.id}"
-    return view(await asyncio.to_thread(store.index.standing, job.id), request)
+    return view(await reads_of(request).standing(job.id), request)
 
 
 @router.get("/jobs", responses=ERRORS)

@@ -38,6 +38,8 @@ from service.intake import FILE_FIELDS
 
 FORM_VALUE_BYTES = 64 << 10
 """A form field that is no file is not longer."""
+GATHERED_BYTES = 512 << 10
+"""Of an upload, before a thread takes them: each time it does costs both of them a turn."""
 DATA_URI = re.compile(r"data:[\w.+-]*/?[\w.+-]*(;[\w.+=-]+)*;base64,", re.ASCII)
 PICTURES = ("image", "mask_1", "mask_2")
 
@@ -204,12 +206,17 @@ async def _read_form(
     limit = store.settings.max_upload_bytes
     parser = MultipartParser(boundary, form.callbacks())
     received = 0
+    gathered = bytearray()
     try:
         async for chunk in request.stream():
             received += len(chunk)
             if received > limit:
                 raise _too_large(limit)
-            await asyncio.to_thread(parser.write, chunk)  # may wait for the disk
+            gathered += chunk
+            if len(gathered) >= GATHERED_BYTES:
+                await asyncio.to_thread(parser.write, bytes(gathered))  # may wait for the disk
+                gathered.clear()
+        await asyncio.to_thread(parser.write, bytes(gathered))
         parser.finalize()
     except FormParserError as error:
         raise InvalidRequest("body", f"broken multipart: {error}") from None
