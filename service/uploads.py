@@ -38,7 +38,7 @@ from service.intake import FILE_FIELDS
 
 FORM_VALUE_BYTES = 64 << 10
 """A form field that is no file is not longer."""
-GATHERED_BYTES = 512 << 10
+GATHERED_BYTES = 1 << 20
 """Of an upload, before a thread takes them: each time it does costs both of them a turn."""
 DATA_URI = re.compile(r"data:[\w.+-]*/?[\w.+-]*(;[\w.+=-]+)*;base64,", re.ASCII)
 PICTURES = ("image", "mask_1", "mask_2")
@@ -98,13 +98,14 @@ async def read_inputs(request: Request, store: JobStore, more_files: tuple[str, 
             raise InvalidRequest("body", "multipart without a boundary")
         with discarding(Inputs()) as inputs:
             await _read_form(request, store, boundary, inputs, (*FILE_FIELDS, *more_files))
-    elif kind == b"application/json" or not kind:
-        inputs = Inputs(await read_json(request, min(limit, store.settings.max_json_bytes)))
-    else:
-        raise Refused(415, "unsupported_media_type", "send multipart/form-data or application/json")
-    with discarding(inputs):
-        await asyncio.to_thread(take_sources, inputs, store)
-    return inputs
+        return inputs
+    if kind == b"application/json" or not kind:
+        with discarding(
+            Inputs(await read_json(request, min(limit, store.settings.max_json_bytes)))
+        ) as inputs:
+            await asyncio.to_thread(take_sources, inputs, store)
+        return inputs
+    raise Refused(415, "unsupported_media_type", "send multipart/form-data or application/json")
 
 
 async def read_json(request: Request, limit: int) -> dict[str, Any]:
@@ -207,6 +208,14 @@ async def _read_form(
     parser = MultipartParser(boundary, form.callbacks())
     received = 0
     gathered = bytearray()
+
+    def end() -> None:
+        parser.write(bytes(gathered))
+        parser.finalize()
+        if not form.complete:
+            raise InvalidRequest("body", "the multipart body ends too early")
+        take_sources(inputs, store)
+
     try:
         async for chunk in request.stream():
             received += len(chunk)
@@ -216,16 +225,14 @@ async def _read_form(
             if len(gathered) >= GATHERED_BYTES:
                 await asyncio.to_thread(parser.write, bytes(gathered))  # may wait for the disk
                 gathered.clear()
-        await asyncio.to_thread(parser.write, bytes(gathered))
-        parser.finalize()
+        await asyncio.to_thread(end)
     except FormParserError as error:
         raise InvalidRequest("body", f"broken multipart: {error}") from None
     except ClientDisconnect:
         raise Refused(400, "disconnected", "the upload broke off") from None
     finally:
-        await asyncio.to_thread(form.close)
-    if not form.complete:
-        raise InvalidRequest("body", "the multipart body ends too early")
+        if not form.complete:
+            await asyncio.to_thread(form.close)
 
 
 class _Form:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -11,7 +12,11 @@ from pathlib import Path
 
 import pytest
 from ray.cluster_utils import Cluster
+from ray.experimental.internal_kv import _internal_kv_get
 
+from tests import fault_cluster
+from tests.fault_cases import speech
+from tests.fault_cluster import submit, until
 from tests.render_command import SIZE, Command, decoded
 
 SpeechOf = Callable[[int], Path]
@@ -95,3 +100,40 @@ def test_a_ray_of_our_own_listens_on_loopback() -> None:
     reply = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert "at 127.0.0.1" in reply.stdout, reply.stderr
     assert "started once more: The current node timed out" in reply.stderr
+
+
+@pytest.mark.long
+def test_a_cluster_scaled_to_zero_is_asked_for_gpus(tmp_path: Path, portrait: Path) -> None:
+    """No node has a GPU yet: a job and a batch wait for the nodes that Ray is asked for, and run on them."""
+    jobs, grows = tmp_path / "jobs.jsonl", {"INFINITETALK_MAX_GPUS": "2"}
+    cluster = fault_cluster.Cluster(tmp_path, gpus=())
+    sound = speech(tmp_path, 60)
+    jobs.write_text(
+        json.dumps({"image": str(portrait), "audio": str(sound), "width": 64, "height": 64}) + "\n"
+    )
+
+    def asked() -> int:
+        found = _internal_kv_get("autoscaler_resource_request")
+        return len(json.loads(found)) if found else 0
+
+    try:
+        cluster.start()
+        with cluster.connected():
+            job = submit(cluster, sound, "one", draft_args="", env=grows)
+            until(lambda: asked() == 1, 60)
+            batch = subprocess.Popen(
+                [sys.executable, "-m", "infinitetalk", "batch", jobs, "--out", tmp_path / "out"],
+                env=cluster.environment(
+                    INFINITETALK_ENGINE="draft",
+                    INFINITETALK_RAY_ADDRESS=cluster.address,
+                    INFINITETALK_SCRATCH_DIR=str(cluster.scratch),
+                    **grows,
+                ),
+            )
+            until(lambda: asked() == 2, 60)
+            cluster.add_node(1)
+            assert job.finish() == 0, job.said()
+            assert batch.wait(150) == 0
+    finally:
+        left = cluster.stop()
+    assert not left
