@@ -28,6 +28,7 @@ from actors.cluster import cluster, metrics_pages
 from actors.job_runner import ensure_runner, stop_runner
 from actors.pool_client import PoolClient
 from actors.pool_look import pool_status
+from pipeline.engine import engine_kind
 from pipeline.errors import ConfigurationError
 from pipeline.job import finished
 from pipeline.logs import write_json_logs
@@ -155,6 +156,8 @@ def serve_until_stopped(host: str, port: int, gpus: int | None) -> int:
         serve.start(proxy_location="HeadOnly", http_options=http, logging_config=LOGGING)
         serve.run(application, name="infinitetalk")
         print(f"serving on http://{host}:{port}, jobs in {service.data}", flush=True)  # noqa: T201
+        if engine_kind(settings) == "draft":
+            print("DRAFT ENGINE: previews that move the portrait, not the InfiniteTalk model", flush=True)  # noqa: T201
         print(f"metrics on {', '.join(metrics_pages())}", flush=True)  # noqa: T201
         stop.wait()
         stop_runner()

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray._private.services import canonicalize_bootstrap_address_or_die
 
 from pipeline.devices import visible_gpus
 from pipeline.engine import runs_on_cpu
@@ -41,7 +42,7 @@ def _init(address: str, options: dict[str, Any], *, hide_gpus: bool) -> None:
 
     ``hide_gpus``: lanes on the CPU are not to be counted against CUDA_VISIBLE_DEVICES.
     """
-    _check_reachable(address)
+    _check_reachable(_found_here() if address == "auto" else address)
     hidden = os.environ.pop("CUDA_VISIBLE_DEVICES", None) if hide_gpus else None
     handler = signal.getsignal(signal.SIGTERM)
     try:
@@ -86,11 +87,22 @@ def connection(address: str) -> Iterator[None]:
         ray.shutdown()
 
 
+def _found_here() -> str:
+    """Where this machine's Ray listens.  Ray itself looks for one at another of the machine's addresses, for
+    minutes, where it listens on loopback only.  Raises ``ConfigurationError``."""
+    try:
+        return canonicalize_bootstrap_address_or_die("auto")
+    except ConnectionError as error:
+        raise ConfigurationError(
+            f"can't join Ray: {' '.join(str(error).split())}; INFINITETALK_RAY_ADDRESS=HOST:PORT says which"
+        ) from None
+
+
 def _check_reachable(address: str) -> None:
     """Ray itself looks for a head that is not there for minutes."""
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdecimal():
-        return  # "local", "auto"
+        return  # "local"
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
     except OSError as error:

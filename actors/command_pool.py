@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
     settings = Settings.from_env()
     if settings.ray_address == "local":
         raise ConfigurationError(
-            "which cluster? INFINITETALK_RAY_ADDRESS=HOST:PORT says it (auto: the one on this machine)"
+            "which cluster? INFINITETALK_RAY_ADDRESS=HOST:PORT says it (auto: what `ray start` began here)"
         )
     with connection(settings.ray_address):
         if options.readmit is not None and not readmit(options.readmit):

@@ -191,8 +191,11 @@ class Front:
                 again = self._failed[number] < TRIES
                 if again:  # mostly the window that it read has just become a segment
                     del self._seams[number]
-            when = "at the next news" if again else "at the end"
-            log.warning("a seam will be made again %s: %s", when, error, extra={"job": self._job.name})
+            extra = {"job": self._job.name}
+            if again:
+                log.info("seam %d is not made yet, and is tried again: %s", number, error, extra=extra)
+            else:
+                log.warning("seam %d will be made at the end: %s", number, error, extra=extra)
         self._news.set()
 
     def _show(self) -> None:
