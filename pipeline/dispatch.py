@@ -148,7 +148,7 @@ def render_all(
                         log.warning("segment %d lost one of its two runs: %s", attempt.segment.index, reason)
                     else:
                         waiting = [entry for entry in waiting if entry.segment is not attempt.segment]
-                        waiting.append(_another_try(attempt, lane, lost, max_attempts))
+                        waiting.append(_another_try(attempt, lane, lost, reason, max_attempts))
                 except JobCancelled:
                     raise
                 except PipelineError as error:
@@ -198,9 +198,8 @@ def _unwanted(waiting: Sequence[_Attempt], lanes: frozenset[int], usable: frozen
 
 
 def _another_try(
-    attempt: _Attempt, lane: int, lost: RendererLost | StorageError, max_attempts: int
+    attempt: _Attempt, lane: int, lost: RendererLost | StorageError, reason: str, max_attempts: int
 ) -> _Attempt:
-    reason = lost.reason if isinstance(lost, RendererLost) else str(lost)
     if attempt.number >= max_attempts:
         if isinstance(lost, StorageError):
             raise lost

@@ -247,10 +247,6 @@ def test_the_service_is_counted(service: Service, speech_of: Callable[[int], Pat
     assert found[key("gpus", state="ready")] == 2
 
 
-def test_cancelling_frees_the_engines(service: Service, speech_of: Callable[[int], Path]) -> None:
-    """Two seconds after a cancel, the next job's windows are rendered; the engines say so themselves."""
-
-
 def engines_of(service: Service, processes_with: Callable[[str], list[int]]) -> list[str]:
     """Where the service's engines answer, by their own command lines."""
     found = []
@@ -267,7 +263,7 @@ def in_work(engine: str) -> int:
     return len(queue["queue_running"]) + len(queue["queue_pending"])
 
 
-def test_cancelling_empties_the_engines(
+def test_cancelling_frees_the_engines(
     service: Service, speech_of: Callable[[int], Path], processes_with: Callable[[str], list[int]]
 ) -> None:
     """A job is cancelled while it renders: at once no engine has anything to do, as each says.
