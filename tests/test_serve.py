@@ -266,7 +266,7 @@ def in_work(engine: str) -> int:
 def test_cancelling_frees_the_engines(
     service: Service, speech_of: Callable[[int], Path], processes_with: Callable[[str], list[int]]
 ) -> None:
-    """A job is cancelled while it renders: at once no engine has anything to do, as each says.
+    """A job is cancelled while it renders: two seconds later no engine has anything to do, as each says.
 
     The job that waits behind it is rendered then, and the cancelled one can be taken up again.
     """
@@ -280,7 +280,7 @@ def test_cancelling_frees_the_engines(
     cancelled = time.monotonic()
     assert service.post(f"/v1/jobs/{long}/cancel").json()["state"] == "cancelled"
     while any(in_work(engine) for engine in engines):
-        assert time.monotonic() < cancelled + 10  # 2 s are promised, to a machine that runs no other tests
+        assert time.monotonic() < cancelled + 2
         time.sleep(0.02)
     after = service.submit(20, speech_of)
     assert service.until_over(after)["state"] == "completed"
