@@ -193,7 +193,7 @@ class Front:
                     del self._seams[number]
             extra = {"job": self._job.name}
             if again:
-                log.info("seam %d is not made yet, and is tried again: %s", number, error, extra=extra)
+                log.debug("seam %d is tried again: %s", number, error, extra=extra)
             else:
                 log.warning("seam %d will be made at the end: %s", number, error, extra=extra)
         self._news.set()
